@@ -1,0 +1,181 @@
+"""The backbones that configs name: Swin with OpenMMLab's arguments, freezing and initialisation."""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseModule
+from torch import nn
+
+from swin_mm.checkpoints import CheckpointError, adapt, read_checkpoint
+from swin_mm.checkpoints.loading import unwrap
+from swin_mm.registry import MODELS
+from swin_mm.swin import ARCHS, SwinPyramid, SwinPyramidV2
+
+torch.serialization.add_safe_globals([HistoryBuffer])  # plain data in mmengine's training checkpoints
+
+
+class _Backbone:
+    """What mmengine wants of a backbone, on top of a pyramid."""
+
+    def __init__(
+        self,
+        arch: str = 't',
+        *,
+        embed_dims: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
+        act_cfg: dict = {'type': 'GELU'},  # noqa: B006 (the customary way to show a config's default)
+        norm_cfg: dict = {'type': 'LN'},  # noqa: B006
+        frozen_stages: int = -1,
+        pretrained: str | None = None,
+        convert_weights: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        **options: Any,
+    ) -> None:
+        if arch not in ARCHS:
+            raise ValueError(f'arch={arch!r} is not known; choose from: {", ".join(ARCHS)}')
+        if pretrained and init_cfg:
+            raise ValueError('pretrained and init_cfg both say how to start; give only init_cfg')
+        given = {'embed_dims': embed_dims, 'depths': depths, 'num_heads': num_heads}
+        sizes = ARCHS[arch] | {name: value for name, value in given.items() if value is not None}
+        super().__init__(**sizes, act=_act(act_cfg), norm=_norm(norm_cfg), **options)
+        if not -1 <= frozen_stages <= len(sizes['depths']):
+            raise ValueError(f'frozen_stages={frozen_stages} must be -1 (none) to {len(sizes["depths"])} (all)')
+        self.frozen_stages = frozen_stages
+        self.init_cfg = {'type': 'Pretrained', 'checkpoint': pretrained} if pretrained else copy.deepcopy(init_cfg)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed, self.pos_drop]
+        if self.absolute_pos_embed is not None:
+            self.absolute_pos_embed.requires_grad_(False)
+        for i, stage in enumerate(self.layers[: self.frozen_stages]):
+            frozen += [stage, getattr(self, f'norm{i}')] if i in self.out_indices else [stage]
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Switch to training; frozen stages stay in evaluation. Returns self."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def init_weights(self) -> None:
+        """Load what ``init_cfg`` names, or keep the random start and say so.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or does not give every parameter of the backbone (the
+                output norms excepted, which classifiers lack).
+        """
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg] if self.init_cfg else []
+        pretrained = [c for c in configs if getattr(c['type'], '__name__', c['type']) in ('Pretrained', 'PretrainedInit')]
+        if len(pretrained) < len(configs):
+            whole, self.init_cfg = self.init_cfg, [c for c in configs if c not in pretrained]
+            super().init_weights()
+            self.init_cfg = whole
+        for config in pretrained:
+            self._load_pretrained(config)
+        if not configs:
+            print_log(f'{type(self).__name__} starts from random weights: no init_cfg', logger='current')
+        self.is_init = True
+
+    def _load_pretrained(self, config: dict) -> None:
+        path = config['checkpoint']
+        state = read_checkpoint(path, config.get('map_location', 'cpu'))
+        try:
+            state = unwrap(state)
+            if prefix := config.get('prefix'):
+                prefix = prefix.rstrip('.') + '.'
+                state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            self.load_state_dict(state)
+        except (CheckpointError, RuntimeError) as error:
+            raise CheckpointError(f'checkpoint {path}: {error}') from error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Convert the keys under ``prefix`` to ours first, so that every way of loading takes every naming."""
+        theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        ours, report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self)
+        for key in theirs:
+            del state_dict[key]
+        state_dict.update({prefix + key: value for key, value in ours.items()})
+        if report.prefix or report.dropped or report.resized or report.kept or report.naming != 'official':
+            print_log(str(report), logger='current')
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+@MODELS.register_module()
+class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
+    """Swin Transformer V1 (arXiv 2103.14030) for dense prediction.
+
+    Takes all arguments of mmdet's and mmseg's ``SwinTransformer``, with their meaning and defaults, and the ones
+    marked *new*. Weights of every known naming load without a flag, through ``init_cfg``, ``load_state_dict`` or a
+    whole detector's checkpoint. In ``state_dict`` the parameters carry the official repository's names.
+
+    Args:
+        arch: *new* 't', 's', 'b' or 'l'; ``embed_dims``, ``depths`` and ``num_heads`` override it.
+        embed_dims: channels of the first stage.
+        depths: blocks per stage; any number of stages.
+        num_heads: attention heads per stage.
+        act_cfg: activation of the MLPs.
+        norm_cfg: every norm.
+        frozen_stages: -1 for none; k >= 0 freezes the patch embedding and stages 0 to k - 1 with their output norms,
+            from construction on.
+        pretrained: older way to write ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
+        convert_weights: accepted and not needed: namings are recognised.
+        init_cfg: how to start; ``dict(type='Pretrained', checkpoint=path or URL)``, optionally with ``prefix``.
+        **options: the arguments of :class:`swin_mm.swin.SwinPyramid`, among them *new*: ``pad_small_map``,
+            ``attention``, and ``window_size`` per stage or as (height, width).
+
+    Raises:
+        ValueError: arguments that do not fit together.
+
+    Example:
+        >>> maps = SwinTransformer(arch='t')(torch.rand(1, 3, 224, 224))
+        >>> [tuple(m.shape) for m in maps]
+        [(1, 96, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14), (1, 768, 7, 7)]
+    """
+
+
+@MODELS.register_module()
+class SwinTransformerV2(_Backbone, SwinPyramidV2, BaseModule):
+    """Swin Transformer V2 (arXiv 2111.09883) for dense prediction.
+
+    Args:
+        **options: those of :class:`SwinTransformer`, with ``window_size`` 8 by default, and
+            ``pretrained_window_sizes`` per stage: the windows that the weights were pre-trained with where they
+            differ from the ones in use, for example (12, 12, 12, 6).
+    """
+
+
+def _norm(config: dict) -> Callable[[int], nn.Module]:
+    """What makes the norm layers of a ``norm_cfg``."""
+    options = dict(config)
+    kind, trained = options.pop('type'), options.pop('requires_grad', True)
+    if kind == 'LN':
+        kind = nn.LayerNorm
+    elif not inspect.isclass(kind):
+        from mmcv.cnn import build_norm_layer
+
+        return lambda channels: build_norm_layer(config, channels)[1]
+    return lambda channels: kind(channels, **options).requires_grad_(trained)
+
+
+def _act(config: dict) -> Callable[[], nn.Module]:
+    """What makes the activation layers of an ``act_cfg``."""
+    options = dict(config)
+    kind = options.pop('type')
+    if kind == 'GELU':
+        kind = nn.GELU
+    elif not inspect.isclass(kind):
+        from mmcv.cnn import build_activation_layer
+
+        return lambda: build_activation_layer(config)
+    return lambda: kind(**options)
+
+
