@@ -5,17 +5,25 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule
 from torch import nn
 
 from swin_mm.checkpoints import CheckpointError, adapt, read_checkpoint
+from swin_mm.checkpoints.files import ALLOWED
 from swin_mm.checkpoints.loading import unwrap
 from swin_mm.registry import MODELS
 from swin_mm.swin import ARCHS, SwinPyramid, SwinPyramidV2
 
-torch.serialization.add_safe_globals([HistoryBuffer])  # plain data in mmengine's training checkpoints
+
+def _history_method(owner: type, name: str) -> Callable:
+    """What mmengine's training checkpoints use ``getattr`` for, and no more."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise CheckpointError(f'it asks for {name} of {owner}')
+    return getattr(owner, name)
+
+
+ALLOWED += [HistoryBuffer, (_history_method, 'builtins.getattr')]
 
 
 class _Backbone:
@@ -100,6 +108,11 @@ class _Backbone:
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Convert the keys under ``prefix`` to ours first, so that every way of loading takes every naming."""
         theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if prefix and not theirs:
+            raise CheckpointError(
+                f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; weights of '
+                'a backbone alone are named in its init_cfg, not loaded into the whole model'
+            )
         ours, report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self)
         for key in theirs:
             del state_dict[key]

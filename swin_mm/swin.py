@@ -281,7 +281,7 @@ class SwinPyramid(nn.Module):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
-        drop_path = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        drop_path = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         last = max(self.out_indices)
         self.layers = nn.ModuleList()
         for i in range(last + 1):
@@ -412,11 +412,10 @@ class SwinPyramidV2(SwinPyramid):
 
 
 def _pair(value: int | Sequence[int], name: str) -> Size:
-    """An integer or a pair of integers as a pair."""
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 2 and all(isinstance(v, int) for v in value):
-        return value[0], value[1]
+    """An integer, alone or in a sequence, or a pair of integers as a pair."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) in (1, 2) and all(isinstance(v, int) for v in values):
+        return values[0], values[-1]
     raise ValueError(f'{name}: expected an integer or (height, width), got {value!r}')
 
 
