@@ -82,7 +82,9 @@ class _Backbone:
                 output norms excepted, which classifiers lack).
         """
         configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg] if self.init_cfg else []
-        pretrained = [c for c in configs if getattr(c['type'], '__name__', c['type']) in ('Pretrained', 'PretrainedInit')]
+        pretrained = [
+            c for c in configs if getattr(c['type'], '__name__', c['type']) in ('Pretrained', 'PretrainedInit')
+        ]
         if len(pretrained) < len(configs):
             whole, self.init_cfg = self.init_cfg, [c for c in configs if c not in pretrained]
             super().init_weights()
@@ -110,8 +112,8 @@ class _Backbone:
         theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         if prefix and not theirs:
             raise CheckpointError(
-                f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; weights of '
-                'a backbone alone are named in its init_cfg, not loaded into the whole model'
+                f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; name '
+                'weights of a backbone alone in its init_cfg instead of loading them into the whole model'
             )
         ours, report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self)
         for key in theirs:
@@ -190,5 +192,3 @@ def _act(config: dict) -> Callable[[], nn.Module]:
 
         return lambda: build_activation_layer(config)
     return lambda: kind(**options)
-
-

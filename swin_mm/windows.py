@@ -12,7 +12,9 @@ from torch import Tensor
 
 Size = tuple[int, int]
 
-MASKED = -100.0  # what every published Swin adds to a forbidden score; not -inf, so that equal weights give equal numbers
+MASKED = (
+    -100.0
+)  # what every published Swin adds to a forbidden score; not -inf, so that equal weights give equal numbers
 
 
 def padded(size: Size, window: Size) -> Size:

@@ -44,7 +44,9 @@ def transformers_twin(
 
     sizes = swin_mm.swin.ARCHS[arch]
     config, backbone = ((SwinConfig, SwinBackbone), (Swinv2Config, Swinv2Backbone))[version - 1]
-    extra = {'pretrained_window_sizes': options['pretrained_window_sizes']} if 'pretrained_window_sizes' in options else {}
+    extra = (
+        {'pretrained_window_sizes': options['pretrained_window_sizes']} if 'pretrained_window_sizes' in options else {}
+    )
     theirs = backbone(
         config(
             image_size=image_size,

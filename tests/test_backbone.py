@@ -8,11 +8,11 @@ from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS as ROOT
 from mmengine.runner import load_checkpoint
+from oracles import SMALL, mmdet_twin, randomise, relative_error
 from torch import nn
 
 import swin_mm
 from swin_mm.checkpoints import CheckpointError
-from tests.oracles import SMALL, mmdet_twin, randomise, relative_error
 
 BOTH = pytest.mark.parametrize('backbone', [swin_mm.SwinTransformer, swin_mm.SwinTransformerV2])
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from oracles import SMALL, mmdet_twin, relative_error, transformers_twin
 from torch import Tensor, nn
 
 import swin_mm
 from swin_mm.checkpoints import adapt
-from tests.oracles import SMALL, mmdet_twin, relative_error, transformers_twin
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -119,9 +119,7 @@ def test_v1_equals_transformers():
         states = theirs.swin(image, output_hidden_states=True, output_hidden_states_before_downsampling=True)
         classifier = [  # its classifier does not
             norm(state.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            for norm, state in zip(
-                theirs.hidden_states_norms.values(), states.reshaped_hidden_states[1:], strict=True
-            )
+            for norm, state in zip(theirs.hidden_states_norms.values(), states.reshaped_hidden_states[1:], strict=True)
         ]
         assert relative_error(ours(image), classifier) <= 1e-5
         assert relative_error(ours(image)[:3], always_shifted[:3]) <= 1e-5

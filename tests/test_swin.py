@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracles import SMALL, randomise, relative_error
 from torch import nn
 
 from swin_mm.kernels import reference
 from swin_mm.swin import ARCHS, DropPath, SwinPyramid, SwinPyramidV2
 from swin_mm.windows import from_windows, region_mask, relative_index, to_windows
-from tests.oracles import SMALL, randomise, relative_error
 
 SWIN_MM = Path(__file__).parents[1] / 'swin_mm'
 BOTH = pytest.mark.parametrize('pyramid', [SwinPyramid, SwinPyramidV2])
@@ -274,7 +274,13 @@ def test_model_files_are_plain_torch():
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 assert not any(name.split('.')[0].startswith('mm') for name in names), file
-                allowed = ('swin_mm.windows', 'swin_mm.attention', 'swin_mm.kernels', 'swin_mm.swin', 'swin_mm.checkpoints')
+                allowed = (
+                    'swin_mm.windows',
+                    'swin_mm.attention',
+                    'swin_mm.kernels',
+                    'swin_mm.swin',
+                    'swin_mm.checkpoints',
+                )
                 assert all(name.startswith(allowed) for name in names if name.startswith('swin_mm')), file
 
 

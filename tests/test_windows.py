@@ -29,7 +29,9 @@ def test_windows_are_cut_in_reading_order_after_shift_and_padding():
     assert windows[3].tolist() == [[20, 0, 16], [5, 0, 1]]
 
 
-@pytest.mark.parametrize('size, window, shift', [((14, 21), (7, 7), (3, 3)), ((9, 5), (4, 4), (2, 2)), ((6, 6), (3, 2), (1, 0))])
+@pytest.mark.parametrize(
+    'size, window, shift', [((14, 21), (7, 7), (3, 3)), ((9, 5), (4, 4), (2, 2)), ((6, 6), (3, 2), (1, 0))]
+)
 def test_tokens_see_their_own_region_only(size, window, shift):
     """By the definition: two tokens of a shifted window belong together if they are neighbours on the padded map."""
     Hp, Wp = padded(size, window)

@@ -50,8 +50,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = 'cpu') -> 
         if code is None:
             raise CheckpointError(f'checkpoint {path} is damaged or not a PyTorch file') from error
         raise CheckpointError(
-            f'checkpoint {path} wants to run code ({code[1]}) when it is opened, so it was not opened; if you trust its '
-            'origin, open it with torch.load(..., weights_only=False) and save its state_dict alone'
+            f'checkpoint {path} wants to run code ({code[1]}) when it is opened, so it was not opened; if you trust '
+            'its origin, open it with torch.load(..., weights_only=False) and save its state_dict alone'
         ) from error
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -50,7 +50,9 @@ def unwrap(checkpoint: Any) -> Mapping[str, Tensor]:
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
             checkpoint = checkpoint[wrapper]
     if not isinstance(checkpoint, Mapping) or not any(isinstance(v, Tensor) for v in checkpoint.values()):
-        raise CheckpointError('the file holds no state dict: expected tensors by name, bare or under state_dict or model')
+        raise CheckpointError(
+            'the file holds no state dict: expected tensors by name, bare or under state_dict or model'
+        )
     return checkpoint
 
 
@@ -137,7 +139,7 @@ def _nothing_fits(state: Mapping[str, Tensor]) -> CheckpointError:
     some = ', '.join(list(state)[:3]) or 'none'
     anchors = ' or '.join(naming.anchor for naming in NAMINGS)
     return CheckpointError(
-        f"nothing in the checkpoint fits a Swin Transformer backbone: expected keys such as {anchors}, found {some}"
+        f'nothing in the checkpoint fits a Swin Transformer backbone: expected keys such as {anchors}, found {some}'
     )
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from oracles import SMALL, mmdet_twin, randomise
 from torch import Tensor
 
 import swin_mm
 from swin_mm.checkpoints import CheckpointError, adapt
 from swin_mm.checkpoints.loading import unwrap
-from tests.oracles import SMALL, mmdet_twin, randomise
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +103,9 @@ def test_other_architectures_are_refused_by_name(model):
     with pytest.raises(CheckpointError, match=r'nothing in the checkpoint fits.*patch_embed.proj.weight.*layer1.0'):
         adapt({'layer1.0.conv1.weight': torch.rand(3)}, model)
     wide = swin_mm.SwinTransformer(**(SMALL | {'embed_dims': 64})).state_dict()
-    with pytest.raises(CheckpointError, match=r'patch_embed.proj.weight is \(64, 3, 4, 4\).*needs \(32, 3, 4, 4\).*more'):
+    with pytest.raises(
+        CheckpointError, match=r'patch_embed.proj.weight is \(64, 3, 4, 4\).*needs \(32, 3, 4, 4\).*more'
+    ):
         adapt(wide, model)
 
 
@@ -112,7 +114,5 @@ def test_resized_tables_are_told_and_rectangles_are_resized_to(model):
     ours, report = adapt(model.state_dict(), other)
     key = 'layers.0.blocks.0.attn.relative_position_bias_table'
     assert report.resized[key] == '(169, 1) -> (153, 1)'
-    expected = torch.nn.functional.interpolate(
-        model.state_dict()[key].view(1, 1, 13, 13), size=(9, 17), mode='bicubic'
-    )
+    expected = torch.nn.functional.interpolate(model.state_dict()[key].view(1, 1, 13, 13), size=(9, 17), mode='bicubic')
     assert torch.equal(ours[key], expected.view(153, 1))

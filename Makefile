@@ -1,0 +1,60 @@
+# Everything sets itself up in $(VENV) first, which is quick when it is there already:
+#   make demo        train, test and draw a small Swin Mask R-CNN and a small Swin UPerNet
+#   make test        format, lint and the quick tests; `make test-slow` runs the slow ones too
+#   make lint        format and lint only
+#   make clean       remove $(VENV)
+# Choose with PYTHON=python3.12, VENV=folder, JOBS=number of compilers at once.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+# Each step leaves a stamp when it has succeeded, so that a failed or interrupted set-up goes on where it stopped.
+DONE := $(VENV)/done
+
+.PHONY: demo test test-slow lint setup clean
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(PY) tools/demo.py
+
+test: lint
+	$(PY) -m pytest
+
+test-slow: lint
+	$(PY) -m pytest -m 'slow or not slow'
+
+lint: setup
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+setup: $(DONE)/all
+
+clean:
+	rm -rf $(VENV)
+
+$(DONE)/venv:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"Python 3.10 or later is needed, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE) && touch $@
+
+$(DONE)/torch: $(DONE)/venv constraints.txt
+	@echo 'installing torch'
+	$(PIP) torch numpy setuptools wheel ninja
+	@touch $@
+
+# torch and the tools to compile must be there before: mmcv builds against them.
+$(DONE)/mmcv: $(DONE)/torch .ci/install_mmcv.py
+	@MAX_JOBS=$(JOBS) $(PY) .ci/install_mmcv.py $(VENV)/mmcv_build.log -c constraints.txt
+	@touch $@
+
+# opencv-python needs libGL, which machines without a display lack; the headless build of the same version, installed
+# last, takes its place.
+$(DONE)/all: $(DONE)/mmcv setup.py pyproject.toml
+	@echo 'installing mmdet, mmseg and the tools for tests'
+	$(PIP) --no-build-isolation -e '.[all,dev]'
+	$(PIP) -q --force-reinstall --no-deps opencv-python-headless
+	$(PY) -m swin_mm.doctor
+	@touch $@

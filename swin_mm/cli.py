@@ -1,0 +1,218 @@
+"""What the command-line tools share: reading a config, naming bad input before anything is built, exit codes.
+
+Exit codes: 0 done, 1 something failed, 2 bad input, 128 + signal number when stopped (130 for Ctrl-C).
+"""
+
+import inspect
+import os
+import sys
+import traceback
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import CheckpointLoader, Runner
+
+from swin_mm.checkpoints import CheckpointError, read_checkpoint
+from swin_mm.doctor import SCOPES, DependencyError, require
+
+
+class InputError(ValueError):
+    """What the user gave does not work; the message says what was wrong, what was expected and what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """The user (or the cluster) ended the run and everything worth keeping is saved; the message says how to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.code = 128 + signal_number
+
+
+def parser(description: str) -> ArgumentParser:
+    """The arguments that all tools on a config have, with the names that mmdet and mmseg use."""
+    result = ArgumentParser(description=description)
+    result.add_argument('config', help='config file')
+    result.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
+    result.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='change settings of the config: model.backbone.with_cp=True, or lists as key="[a,b]" or key=a,b',
+    )
+    result.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
+    # torchrun and its forerunners pass the rank by one of these names or in the environment.
+    result.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
+    result.add_argument('--debug', action='store_true', help='show where an error arose')
+    return result
+
+
+def run(main: Callable[[Namespace], None], args: Namespace) -> int:
+    """Call ``main`` and turn what it raises into one line and an exit code.
+
+    An error that is not about the input keeps its traceback: it may come hours into a run.
+    """
+    try:
+        main(args)
+    except (InputError, CheckpointError, DependencyError) as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
+    except KeyboardInterrupt:
+        print('stopped at once; nothing was saved by this', file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_config(args: Namespace) -> Config:
+    """Read the config that ``parser`` was given, with its options, work_dir and launcher set.
+
+    Raises:
+        InputError: it is not there or does not read.
+        DependencyError: it builds on a library that is absent or broken.
+    """
+    path = Path(args.config)
+    if not path.is_file():
+        raise InputError(f'config {path} does not exist; give the path of a config file, for instance under configs/')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:
+        # The usual reason is a `_base_` in a library that is not there; mmengine's words for that name no remedy.
+        require(*(module for module in SCOPES if module in str(error)))
+        raise InputError(f'config {path} cannot be read: {_one_line(error)}') from error
+    scope = cfg.get('default_scope')
+    require(*SCOPES.get(scope, ()))
+
+    for warning in _unknown_options(cfg, args.cfg_options):
+        print(f'warning: {warning}', file=sys.stderr)
+    try:
+        cfg.merge_from_dict(args.cfg_options)
+    except Exception as error:
+        raise InputError(f'--cfg-options does not fit the config: {_one_line(error)}') from error
+
+    cfg.launcher = args.launcher
+    if args.launcher != 'none' and get_device() == 'cpu':
+        raise InputError(f'--launcher {args.launcher} needs GPUs and torch sees none; leave it out to run on the CPU')
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
+    return cfg
+
+
+def check_data(cfg: Config, *parts: str) -> None:
+    """Look for every annotation file and image folder of the dataloaders and evaluators of ``parts``.
+
+    Args:
+        cfg: The config.
+        parts: What will run, of 'train', 'val' and 'test'.
+
+    Raises:
+        InputError: something is not there; it names all that is missing.
+    """
+    missing = {}  # one entry per path: train and val often share their folder
+    for part in parts:
+        for section in (f'{part}_dataloader', f'{part}_evaluator'):
+            for key, path in _data_paths(cfg.get(section), section):
+                if not os.path.exists(path):
+                    missing.setdefault(path, key)
+    if missing:
+        listed = ', '.join(f'{path} ({key})' for path, key in missing.items())
+        raise InputError(
+            f'data not found: {listed}; relative paths count from {Path.cwd()}; put the data there or set '
+            'the paths in the config or with --cfg-options'
+        )
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Read every local checkpoint that the model will initialise itself from.
+
+    Raises:
+        CheckpointError: one is not there or cannot be read.
+    """
+    for node in _dicts(cfg.get('model')):
+        path = node.get('checkpoint')
+        if 'Pretrained' in str(node.get('type')) and isinstance(path, str) and not _is_remote(path):
+            read_checkpoint(path)
+
+
+def use_safe_reader() -> None:
+    """Have mmengine read checkpoints without executing what they contain.
+
+    Its own reader tries that first and then falls back to executing.
+    """
+
+    def load_from_file_or_url(filename: str, map_location: Any = None) -> Any:
+        return read_checkpoint(filename, map_location or 'cpu')
+
+    CheckpointLoader.register_scheme(prefixes=['', 'http://', 'https://'], loader=load_from_file_or_url, force=True)
+    # The remaining schemes (model zoos, object stores) end in torch.load, which obeys this.
+    os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build mmengine's Runner, or the one that ``runner_type`` names.
+
+    Raises:
+        InputError: something in the config cannot be built.
+    """
+    try:
+        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    except Exception as error:
+        raise InputError(f'{cfg.filename} cannot be built: {_one_line(error)} (--debug shows where)') from error
+
+
+def _one_line(error: BaseException) -> str:
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def _is_remote(path: str) -> bool:
+    return '://' in path
+
+
+def _dicts(node: Any) -> Iterator[dict]:
+    """Every dict in a nest of dicts and lists."""
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+        yield from _dicts(child)
+
+
+def _data_paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
+    """Where a dataloader or an evaluator will look: (key, path), joined as mmengine's BaseDataset does."""
+    for node in _dicts(section):
+        if node.get('backend_args'):  # the files are not in this file system
+            continue
+        root = node.get('data_root') or ''
+        if root and not _is_remote(root) and not os.path.isdir(root):
+            yield f'{name}: data_root', root  # the rest cannot be there either
+            continue
+        # An empty annotation file means none; an empty folder is data_root itself.
+        for key, path in {'ann_file': node.get('ann_file') or None, **(node.get('data_prefix') or {})}.items():
+            if isinstance(path, str) and not _is_remote(path := os.path.join(root, path)):
+                yield f'{name}: {key}', path or '.'
+
+
+def _unknown_options(cfg: Config, options: dict[str, Any]) -> Iterator[str]:
+    """Options that match nothing in the config: mmengine adds them, so that a typo goes unnoticed."""
+    runner_arguments = inspect.signature(Runner.__init__).parameters
+    for option in options:
+        node: Any = cfg.to_dict()
+        for depth, part in enumerate(option.split('.')):
+            if not isinstance(node, dict) or (depth == 0 and part in runner_arguments and part not in node):
+                break
+            if part not in node:
+                close = get_close_matches(part, node, n=1)
+                hint = f'; did you mean {close[0]}?' if close else ''
+                yield f'{option} is not in the config and is added to it{hint}'
+                break
+            node = node[part]

@@ -1,0 +1,20 @@
+"""Fixtures that several folders of tests share."""
+
+from pathlib import Path
+
+import pytest
+from tiny import Tiny, make_data, make_tiny
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set: coco/ and ade/."""
+    folder = tmp_path_factory.mktemp('data')
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope='session', params=['detection', 'segmentation'])
+def tiny(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Both tasks, one after the other."""
+    return make_tiny(request.param, data, tmp_path_factory.mktemp(request.param))

@@ -1,0 +1,93 @@
+import copy
+import json
+import pickle
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+from tiny import Bomb, last_checkpoint, run_tool
+
+
+def metrics(work_dir):
+    """The metrics that the run has written."""
+    (path,) = work_dir.glob('*/*.json')
+    return json.loads(path.read_text())
+
+
+def test_metrics_predictions_and_pictures(tiny, trained, tmp_path):
+    checkpoint = last_checkpoint(trained[0])
+    out = 'new/predictions.pkl' if tiny.task == 'detection' else 'new/masks'
+    options = ('--work-dir', 'tested', '--out', out, '--show-dir', 'drawn')
+    output = run_tool('test', tiny.config, checkpoint, *options, cwd=tmp_path)
+    measured = metrics(tmp_path / 'tested')
+    assert f'{tiny.metric}: {measured[tiny.metric]:.4f}' in output
+    # The model is that of the checkpoint: training has tested it, too.
+    assert f'{tiny.metric}: {measured[tiny.metric]:.4f}' in trained[1]
+    # Folders are where the shell's user means them, one picture for each image.
+    assert len([*(tmp_path / 'drawn').rglob('*.jpg'), *(tmp_path / 'drawn').rglob('*.png')]) == 2
+
+    if tiny.task == 'detection':
+        predictions = pickle.loads((tmp_path / out).read_bytes())
+        assert sorted(prediction['img_path'][-5:] for prediction in predictions) == ['1.jpg', '2.jpg']
+        assert all('masks' in prediction['pred_instances'] for prediction in predictions)
+    else:
+        for name in ('1.png', '2.png'):
+            mask = np.asarray(Image.open(tmp_path / out / name))
+            assert mask.shape == (64, 96) and set(np.unique(mask)) <= {1, 2}  # as ADE20K counts: 0 is unlabeled
+
+
+def test_time_augmentation(tiny, trained, tmp_path):
+    # Segmentation has a pipeline of its own in the stock config: both are to take the default.
+    own = ('--cfg-options', 'tta_pipeline=None') if tiny.task == 'segmentation' else ()
+    output = run_tool('test', tiny.config, last_checkpoint(trained[0]), '--work-dir', 'x', '--tta', *own, cwd=tmp_path)
+    assert tiny.metric in metrics(tmp_path / 'x')
+    if tiny.task == 'detection':
+        assert 'masks are left out' in output and 'coco/segm_mAP' not in metrics(tmp_path / 'x')
+
+
+def test_augmented_views(tiny, tool):
+    cfg = Config.fromfile(tiny.config)
+    cfg.pop('tta_pipeline', None)
+    plain = build(cfg)[0]
+    tool('test').augment(cfg)
+    views = build(cfg)[0]
+    assert [view.flip for view in views['data_samples']] == [False, True]
+    assert torch.equal(views['inputs'][0], plain['inputs'])
+    assert torch.equal(views['inputs'][1], plain['inputs'].flip(-1))
+    if tiny.task == 'segmentation':  # what the merged prediction is measured against is not flipped
+        assert torch.equal(views['data_samples'][0].gt_sem_seg.data, plain['data_samples'].gt_sem_seg.data)
+
+
+def build(cfg):
+    """The data set that the config tests on."""
+    init_default_scope(cfg.default_scope)
+    return DATASETS.build(copy.deepcopy(cfg.test_dataloader.dataset))
+
+
+def test_says_what_input_is_missing(tiny, refuse, trained, tmp_path):
+    checkpoint = last_checkpoint(trained[0])
+    assert 'config nowhere.py does not exist' in refuse('test', 'nowhere.py', checkpoint)
+    assert 'checkpoint absent.pth does not exist' in refuse('test', tiny.config, 'absent.pth')
+    error = refuse('test', tiny.config, checkpoint, '--cfg-options', 'test_dataloader.dataset.data_root=/nowhere')
+    assert '/nowhere (test_dataloader: data_root)' in error
+    if tiny.task == 'detection':
+        error = refuse('test', tiny.config, checkpoint, '--cfg-options', 'test_evaluator.ann_file=/nowhere.json')
+        assert '/nowhere.json (test_evaluator: ann_file)' in error
+    hook = 'default_hooks.visualization=None'
+    assert 'visualization' in refuse('test', tiny.config, checkpoint, '--show-dir', 'x', '--cfg-options', hook)
+
+
+def test_says_which_kind_of_output_it_saves(tiny, refuse, trained, tmp_path):
+    wrong, right = ('masks', '*.pkl') if tiny.task == 'detection' else ('predictions.pkl', 'name a folder')
+    assert right in refuse('test', tiny.config, last_checkpoint(trained[0]), '--out', wrong)
+
+
+def test_refuses_a_checkpoint_that_is_damaged_or_runs_code(tiny, refuse, trained, tmp_path):
+    whole = last_checkpoint(trained[0]).read_bytes()
+    (tmp_path / 'half.pth').write_bytes(whole[: len(whole) // 2])
+    assert 'half.pth' in refuse('test', tiny.config, 'half.pth')
+    torch.save({'state_dict': {}, 'meta': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
+    assert 'bomb.pth wants to run code' in refuse('test', tiny.config, 'bomb.pth')
+    assert not (tmp_path / 'exploded').exists()

@@ -1,0 +1,127 @@
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+import torch
+from tiny import Bomb, command, last_checkpoint, run_tool
+
+from swin_mm.checkpoints import read_checkpoint
+
+STEP = re.compile(r'(?:Epoch|Iter)\(train\) *(\[.*\]) ')
+
+
+def steps(output):
+    """Where each logged iteration was: '[2][1/3]' in epochs, '[4/6]' in iterations."""
+    return [match.replace(' ', '') for match in STEP.findall(output)]
+
+
+def test_trains_with_progress_and_metrics(tiny, trained):
+    work_dir, output = trained
+    assert steps(output) == (
+        ['[1][1/3]', '[1][2/3]', '[1][3/3]'] if tiny.task == 'detection' else ['[1/3]', '[2/3]', '[3/3]']
+    )
+    assert output.count(' eta: ') >= 3 and re.search(tiny.metric + r': \d', output)
+    state = read_checkpoint(last_checkpoint(work_dir))
+    assert state['meta']['iter'] == 3 and any(key.startswith('backbone.') for key in state['state_dict'])
+
+
+def test_resumes_behind_a_finished_epoch(tiny, work_dir, tmp_path):
+    if tiny.task == 'segmentation':
+        pytest.skip('counts iterations')
+    output = run_tool(
+        'train',
+        tiny.config,
+        '--resume',
+        '--work-dir',
+        work_dir,
+        '--cfg-options',
+        'train_cfg.max_epochs=2',
+        cwd=tmp_path,
+    )
+    assert steps(output) == ['[2][1/3]', '[2][2/3]', '[2][3/3]']
+
+
+def test_a_stopped_run_goes_on_where_it_was(tiny, tmp_path):
+    # Detection counts epochs and is stopped within one, by Ctrl-C; segmentation by what a cluster sends. Both go to the
+    # whole process group, data workers included. The learning rate tells whether the schedule went on as well.
+    detection = tiny.task == 'detection'
+    number = signal.SIGINT if detection else signal.SIGTERM
+    length = 'train_cfg.max_epochs={}' if detection else 'train_cfg.max_iters={}'
+    arguments = ('train', tiny.config, '--work-dir', 'work', '--cfg-options', 'default_hooks.checkpoint.interval=1000')
+    process = subprocess.Popen(
+        command(*arguments, length.format(1000), 'train_cfg.val_interval=1000'),
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output = ''
+        for line in process.stdout:
+            if STEP.search(line) and len(steps(output)) == 3:  # this is the fourth iteration
+                os.killpg(process.pid, number)
+            output += line
+        assert process.wait() == 128 + number
+    finally:
+        process.kill()
+    done = len(steps(output))
+    assert 4 <= done <= 6, output
+    assert f'stopped at iteration {done} and saved {tmp_path}/work/interrupted.pth' in output.splitlines()[-1]
+    assert 'Traceback' not in output and not list(tmp_path.glob('work/*.tmp'))
+
+    end = 3 if detection else done + 2
+    resume = ['--resume'] if detection else ['--resume', 'work/interrupted.pth']
+    again = run_tool(*arguments, length.format(end), 'train_cfg.val_interval=1000', *resume, cwd=tmp_path)
+    expected = [(e, i) for e in (1, 2, 3) for i in (1, 2, 3)][done:] if detection else [done + 1, done + 2]
+    assert steps(again) == [f'[{e}][{i}/3]' for e, i in expected] if detection else [f'[{i}/{end}]' for i in expected]
+    rates = [float(rate) for rate in re.findall(r' lr: (\S+)', output + again)]
+    assert rates == pytest.approx([rates[0] + i * (rates[1] - rates[0]) for i in range(len(rates))], rel=1e-3)
+
+
+def test_says_what_input_is_missing(tiny, refuse, tmp_path):
+    assert 'config nowhere.py does not exist' in refuse('train', 'nowhere.py')
+    key = 'train_dataloader.dataset.data_root'
+    error = refuse('train', tiny.config, '--cfg-options', f'{key}=/nowhere')
+    assert '/nowhere (train_dataloader: data_root)' in error and '--cfg-options' in error
+    prefix = 'img' if tiny.task == 'detection' else 'img_path'
+    error = refuse('train', tiny.config, '--cfg-options', f'val_dataloader.dataset.data_prefix.{prefix}=absent')
+    assert f'/absent (val_dataloader: {prefix})' in error
+    assert 'checkpoint absent.pth does not exist' in refuse('train', tiny.config, '--resume', 'absent.pth')
+    assert 'checkpoint absent.pth does not exist' in refuse(
+        'train', tiny.config, '--cfg-options', 'load_from=absent.pth'
+    )
+
+
+def test_says_which_pretrained_weights_are_missing(tiny, refuse, tmp_path):
+    config = tmp_path / 'pretrained.py'
+    init = "dict(_delete_=True, type='Pretrained', checkpoint='absent.pth')"
+    config.write_text(f'_base_ = {str(tiny.config)!r}\nmodel = dict(backbone=dict(init_cfg={init}))\n')
+    assert 'checkpoint absent.pth does not exist' in refuse('train', config)
+
+
+def test_refuses_what_cannot_be_resumed(tiny, refuse, trained, tmp_path):
+    whole = last_checkpoint(trained[0]).read_bytes()
+    (tmp_path / 'half.pth').write_bytes(whole[: len(whole) // 2])
+    assert 'half.pth' in refuse('train', tiny.config, '--resume', 'half.pth')
+
+    torch.save({'state_dict': {'x': torch.zeros(1)}}, tmp_path / 'weights.pth')
+    error = refuse('train', tiny.config, '--resume', 'weights.pth')
+    assert 'has no message_hub, meta, optimizer' in error and 'load_from' in error
+
+    torch.save({'state_dict': {}, 'meta': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
+    assert 'bomb.pth wants to run code' in refuse('train', tiny.config, '--resume', 'bomb.pth')
+    assert not (tmp_path / 'exploded').exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='these work where there is a GPU')
+def test_says_what_needs_a_gpu(tiny, refuse):
+    assert 'mixed precision' in refuse('train', tiny.config, '--amp')
+    assert 'leave it out' in refuse('train', tiny.config, '--launcher', 'pytorch')
+
+
+def test_batch_size_for_the_learning_rate(refuse, tiny):
+    if tiny.task == 'segmentation':  # the stock schedule says nothing of it
+        assert 'auto_scale_lr = dict(base_batch_size=16)' in refuse('train', tiny.config, '--auto-scale-lr')

@@ -1,0 +1,81 @@
+"""Train a detector or a segmentor: python tools/train.py CONFIG."""
+
+import sys
+from argparse import Namespace
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import find_latest_checkpoint
+
+from swin_mm import cli, interrupt
+from swin_mm.checkpoints import read_checkpoint
+
+
+def parse_args() -> Namespace:
+    """Read the command line."""
+    parser = cli.parser('Train a detector or a segmentor')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint, or without a value from the last one in the work_dir',
+    )
+    return parser.parse_args()
+
+
+def main(args: Namespace) -> None:
+    """Train."""
+    cfg = cli.read_config(args)
+    if args.amp:
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if 'Amp' in str(cfg.optim_wrapper.get('type')) and get_device() == 'cpu':
+        raise cli.InputError(
+            'mixed precision (--amp, AmpOptimWrapper) needs a GPU and torch sees none; leave out --amp or set '
+            '--cfg-options optim_wrapper.type=OptimWrapper'
+        )
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+            raise cli.InputError(
+                '--auto-scale-lr needs the batch size that the learning rate was chosen for: '
+                'auto_scale_lr = dict(base_batch_size=16) in the config'
+            )
+        cfg.auto_scale_lr.enable = True
+    cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_cfg') else []))
+    cli.use_safe_reader()
+    set_start(cfg, args.resume)
+
+    interrupt.install()
+    interrupt.InterruptHook().train(cli.build_runner(cfg))
+
+
+def set_start(cfg: Config, resume: str | None) -> None:
+    """Say in the config what training starts from, and read that now: an error after minutes of building is late."""
+    if resume is None and cfg.get('resume') and not cfg.get('load_from'):
+        resume = 'auto'
+    if resume == 'auto':
+        resume = find_latest_checkpoint(cfg.work_dir)
+        if resume is None:
+            print(f'nothing to resume in {cfg.work_dir}: training starts anew')
+    if resume is not None:
+        cfg.resume, cfg.load_from = True, resume
+    if not cfg.get('load_from'):
+        cli.check_pretrained(cfg)
+        return
+
+    checkpoint = read_checkpoint(cfg.load_from)
+    if cfg.get('resume'):
+        if lacking := {'meta', 'message_hub', 'state_dict', 'optimizer'} - checkpoint.keys():
+            raise cli.InputError(
+                f'{cfg.load_from} is no checkpoint of a training run (it has no {", ".join(sorted(lacking))}); to '
+                'start from its weights use --cfg-options load_from=CHECKPOINT instead of --resume'
+            )
+        # The samplers take their seed when they are built, before mmengine restores that of the interrupted run.
+        cfg.randomness = {'seed': checkpoint['meta'].get('seed')} | cfg.get('randomness', {})
+
+
+if __name__ == '__main__':
+    sys.exit(cli.run(main, parse_args()))
