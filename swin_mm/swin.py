@@ -397,7 +397,7 @@ class SwinPyramidV2(SwinPyramid):
             pretrained_window_sizes = (0,) * len(depths)
         if len(pretrained_window_sizes) < len(depths):
             raise ValueError(
-                f'pretrained_window_sizes={pretrained_window_sizes}: expected one window for each of {len(depths)} stages'
+                f'pretrained_window_sizes={pretrained_window_sizes}: expected one for each of {len(depths)} stages'
             )
         self._pretrained_windows = [_pair(w, 'pretrained_window_sizes') for w in pretrained_window_sizes]
         super().__init__(window_size=window_size, depths=depths, **options)

@@ -15,7 +15,8 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from swin_mm import cli
 
-CLASSES = tuple('0123456789')
+CLASSES = tuple('0123456789')  # of instances; the semantic ones are the two photographs and DIGIT
+DIGIT = 3
 # split: (its folder, the ADE20K layout's name for it, part of each photograph's width, part of each digit's writers)
 SPLITS = {
     'train': ('train', 'training', (0.0, 0.6), (0.0, 0.75)),
@@ -29,8 +30,8 @@ def parse_args() -> Namespace:
         description=__doc__,
         formatter_class=ArgumentDefaultsHelpFormatter,
         epilog='Writes OUT/{train,val}/*.jpg with OUT/annotations/instances_{train,val}.json (COCO), and the same '
-        'images as OUT/images/{training,validation} with masks in OUT/annotations/{training,validation} (ADE20K layout; '
-        '0 background, 1 to 10 the digits 0 to 9). No digit and no part of a photograph is in both splits.',
+        'images as OUT/images/{training,validation} with masks in OUT/annotations/{training,validation} (ADE20K '
+        'layout: 0 unlabelled, 1 temple, 2 flower, 3 digit). No digit and no part of a photograph is in both splits.',
     )
     parser.add_argument('out', type=Path, help='folder to make')
     parser.add_argument('--train', type=int, default=640, help='number of training scenes')
@@ -73,12 +74,13 @@ def write_split(folder: Path, split: str, scenes: int, size: int, random: np.ran
         place.mkdir(parents=True)
     images, annotations = [], []
     for number in track(range(1, scenes + 1), f'{split} scenes', disable=not sys.stdout.isatty()):
-        image, objects = compose(photos, samples, size, random)
+        photo = int(random.integers(len(photos)))
+        image, objects = compose(photos[photo], samples, size, random)
         cv2.imwrite(str(places[0] / f'{number:05}.jpg'), image)
         shutil.copyfile(places[0] / f'{number:05}.jpg', places[1] / f'{number:05}.jpg')
-        semantic = np.zeros((size, size), np.uint8)
+        semantic = np.full((size, size), photo + 1, np.uint8)
         for digit, mask in objects:
-            semantic[mask] = digit + 1
+            semantic[mask] = DIGIT
             code = rle.encode(np.asfortranarray(mask, np.uint8))
             annotations.append(
                 {
@@ -105,14 +107,13 @@ def crop_width(photo: np.ndarray, part: tuple[float, float]) -> np.ndarray:
 
 
 def compose(
-    photos: list[np.ndarray], samples: list[tuple[np.ndarray, int]], size: int, random: np.random.Generator
+    photo: np.ndarray, samples: list[tuple[np.ndarray, int]], size: int, random: np.random.Generator
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray]]]:
-    """A scene of one to four digits that may hide parts of each other.
+    """A part of a photograph with one to four digits that may hide parts of each other.
 
     Returns:
         The image (size, size, 3), and for each digit its value and the mask (size, size) of what is seen of it.
     """
-    photo = photos[random.integers(len(photos))]
     side = random.integers(96, min(photo.shape[:2]) + 1)
     top, left = (random.integers(length - side + 1) for length in photo.shape[:2])
     image = cv2.resize(photo[top : top + side, left : left + side], (size, size), interpolation=cv2.INTER_AREA)

@@ -5,6 +5,5 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
 ]
 default_hooks = dict(logger=dict(type='LoggerHook', interval=20), visualization=dict(type='SegVisualizationHook'))
-balance = dict(class_weight=[0.2] + 10 * [1.0])  # most of a scene is photograph
-head = dict(num_classes=11, loss_decode=balance)
+head = dict(num_classes=3)
 model = dict(data_preprocessor=dict(size=(128, 128)), decode_head=head, auxiliary_head=head)
