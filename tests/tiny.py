@@ -73,9 +73,11 @@ def command(tool: str, *arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / 'tools' / f'{tool}.py'), *map(str, arguments)]
 
 
-def run_tool(tool: str, *arguments: object, cwd: Path) -> str:
+def run_tool(tool: str, *arguments: object, cwd: Path, timeout: int = 300) -> str:
     """Run ``python tools/TOOL.py ARGUMENTS`` as a user does; what it printed."""
-    done = subprocess.run(command(tool, *arguments), cwd=cwd, text=True, capture_output=True, timeout=300, check=False)
+    done = subprocess.run(
+        command(tool, *arguments), cwd=cwd, text=True, capture_output=True, timeout=timeout, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + done.stderr
 
