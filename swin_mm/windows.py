@@ -68,7 +68,7 @@ def region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> 
     return build(padded(size, window), window, shift, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # four stages at four sizes
 def _region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # else a mask first built for inference could not serve training
         rows, columns = (

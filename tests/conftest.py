@@ -3,7 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import Tiny, make_data, make_tiny
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Random images and weights are the same in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope='session')

@@ -138,14 +138,13 @@ def test_state_dict_holds_parameters_only(pyramid):
 
 @BOTH
 def test_exported_graph_takes_any_batch(pyramid):
-    model = small(pyramid).eval()
+    model = small(pyramid).eval()  # at a size of its own: nothing of the trace may stay in the caches
     batch = torch.export.Dim('batch', min=1, max=64)
-    exported = torch.export.export(model, (torch.rand(2, 3, 64, 96),), dynamic_shapes=({0: batch},)).module()
+    exported = torch.export.export(model, (torch.rand(2, 3, 72, 104),), dynamic_shapes=({0: batch},)).module()
     with torch.no_grad():
         for n in (1, 2, 5):
-            images = torch.rand(n, 3, 64, 96)
+            images = torch.rand(n, 3, 72, 104)
             assert relative_error(exported(images), model(images)) < 1e-5
-        model(torch.rand(2, 3, 64, 96))  # nothing of the trace stays in the caches
 
 
 @BOTH
@@ -186,6 +185,17 @@ def test_axes_are_not_exchanged(pyramid):
     with torch.no_grad():
         maps = [m.transpose(2, 3) for m in lying(image.transpose(2, 3))]
         assert relative_error(maps, upright(image)) < 1e-5
+
+
+def test_absolute_embedding_is_resized_to_the_map():
+    model = small(SwinPyramid, use_abs_pos_embed=True, pretrain_img_size=64).eval()
+    with torch.no_grad():
+        model.patch_embed.norm.weight.zero_()
+        model.patch_embed.norm.bias.zero_()
+        embedded = model.embed(torch.rand(1, 3, 96, 128)).permute(0, 3, 1, 2)
+        expected = torch.nn.functional.interpolate(model.absolute_pos_embed, (24, 32), mode='bicubic')
+        assert torch.equal(embedded, expected)
+        assert torch.equal(model.embed(torch.rand(1, 3, 64, 64)).permute(0, 3, 1, 2), model.absolute_pos_embed)
 
 
 def test_small_maps_of_a_classifier_shrink_the_window_per_axis():

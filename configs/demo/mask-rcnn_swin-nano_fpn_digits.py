@@ -5,4 +5,4 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 model = dict(roi_head=dict(bbox_head=dict(num_classes=10), mask_head=dict(num_classes=10)))
-default_hooks = dict(logger=dict(interval=20))
+default_hooks = dict(logger=dict(interval=20), visualization=dict(score_thr=0.5))

@@ -1,0 +1,41 @@
+"""What the whole-model comparisons do not reach in attention."""
+
+import math
+
+import torch
+
+from swin_mm.attention import WindowAttention, WindowAttentionV2
+
+
+def test_v2_limits_its_scale_and_measures_directions_alone():
+    attention = WindowAttentionV2(64, (4, 4), 2)
+    with torch.no_grad():
+        attention.logit_scale.copy_(torch.tensor([math.log(7.0), 6.0]).view(2, 1, 1))
+    windows = torch.randn(3, 4, 4, 64)
+    q, k, _ = attention.project(windows)
+    torch.testing.assert_close(q.norm(dim=-1)[:, 0], torch.full((3, 16), 7.0))
+    torch.testing.assert_close(q.norm(dim=-1)[:, 1], torch.full((3, 16), 100.0))
+    torch.testing.assert_close(k.norm(dim=-1), torch.ones(3, 2, 16))
+
+
+def test_v2_bias_is_bounded_and_zero_offset_has_coordinate_zero():
+    attention = WindowAttentionV2(64, (4, 6), 2)
+    coordinates = attention.coordinates((4, 6))
+    assert coordinates.shape == (7, 11, 2)
+    assert coordinates[3, 5].tolist() == [0, 0]
+    # The outermost offset is 8 of 8: log2(9) / log2(8).
+    torch.testing.assert_close(coordinates[-1, -1], torch.full((2,), math.log(9, 8)))
+    torch.testing.assert_close(coordinates.flip(0, 1), -coordinates)
+    with torch.no_grad():
+        attention.cpb_mlp[2].weight.fill_(100.0)
+        bias = attention.position_bias((4, 6))
+    assert bias.shape == (2, 24, 24)
+    assert bias.min() >= 0 and bias.max() <= 16 and bias.max() > 15.9
+
+
+def test_weights_are_dropped_in_training_only():
+    for kind in (WindowAttention, WindowAttentionV2):
+        attention = kind(64, (4, 4), 2, attn_drop=0.5, proj_drop=0.5)
+        windows = torch.randn(3, 4, 4, 64)
+        assert not torch.equal(attention.train()(windows), attention(windows))
+        assert torch.equal(attention.eval()(windows), attention(windows))
