@@ -14,7 +14,7 @@ FROM_NOTHING = ['model.backbone.init_cfg=None', 'train_dataloader.num_workers=0'
 FROM_NOTHING += ['train_dataloader.persistent_workers=False', 'randomness.seed=0']
 
 pytestmark = pytest.mark.skipif('SWIN_MM_DATA' not in os.environ, reason='SWIN_MM_DATA is not set')
-# The size that the configs say takes minutes on a CPU.
+# The size that the configs say, and all of the validation images, take minutes on a CPU.
 SIZES = pytest.mark.parametrize('small', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['small', 'full'])
 
 
@@ -37,12 +37,12 @@ def test_mask_rcnn_on_coco(tmp_path, small):
         options += [
             f'{part}_dataloader.dataset.pipeline.{at}.scale=(320,192)' for part, at in (('train', 2), ('val', 1))
         ]
-        options += ['test_dataloader.dataset.pipeline.1.scale=(320,192)']
+        options += ['test_dataloader.dataset.pipeline.1.scale=(320,192)', 'test_dataloader.dataset.indices=16']
     options += ['train_cfg.val_interval=2', 'default_hooks.logger.interval=1']  # the test run below validates
-    log = run_tool('train.py', DETECTION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
+    log = run_tool('train', DETECTION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     assert 'Epoch(train) [1][2/2]' in log
     arguments = ['run/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl', '--cfg-options', *options]
-    run_tool('test.py', DETECTION, *arguments, cwd=tmp_path, timeout=1800)
+    run_tool('test', DETECTION, *arguments, cwd=tmp_path, timeout=1800)
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= metrics(tmp_path).keys()
     assert (tmp_path / 'predictions.pkl').stat().st_size > 0
 
@@ -59,17 +59,17 @@ def test_upernet_on_ade20k_layout(tmp_path, small):
     if small:
         options += ['train_dataloader.dataset.pipeline.2.scale=(512,128)', 'model.data_preprocessor.size=(128,128)']
         options += ['train_dataloader.dataset.pipeline.3.crop_size=(128,128)']
-        options += ['test_dataloader.dataset.pipeline.1.scale=(512,128)']
-    run_tool('train.py', SEGMENTATION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
+        options += ['test_dataloader.dataset.pipeline.1.scale=(512,128)', 'test_dataloader.dataset.indices=8']
+    run_tool('train', SEGMENTATION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     arguments = ['run/iter_2.pth', '--work-dir', 'test', '--out', 'masks', '--cfg-options', *options]
-    run_tool('test.py', SEGMENTATION, *arguments, cwd=tmp_path, timeout=1800)
+    run_tool('test', SEGMENTATION, *arguments, cwd=tmp_path, timeout=1800)
     assert 0 <= metrics(tmp_path)['mIoU'] <= 100
-    assert len(list((tmp_path / 'masks').glob('*.png'))) == 27
+    assert len(list((tmp_path / 'masks').glob('*.png'))) == (8 if small else 27)
 
     # The same model on images of ADE20K itself.
     other = tmp_path / 'ade'
     link(other, 'ade20k_samples', 'ade/ADEChallengeData2016')
     arguments[0] = tmp_path / 'run/iter_2.pth'
-    run_tool('test.py', SEGMENTATION, *arguments, '--show-dir', 'pictures', cwd=other, timeout=1800)
+    run_tool('test', SEGMENTATION, *arguments, '--show-dir', 'pictures', cwd=other, timeout=1800)
     assert 0 <= metrics(other)['mIoU'] <= 100
     assert len(list((other / 'pictures').rglob('*.png'))) == 3
