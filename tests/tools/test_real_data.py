@@ -69,7 +69,7 @@ def test_upernet_on_ade20k_layout(tmp_path, small):
     # The same model on images of ADE20K itself.
     other = tmp_path / 'ade'
     link(other, 'ade20k_samples', 'ade/ADEChallengeData2016')
-    arguments[0] = tmp_path / 'run/iter_2.pth'
+    arguments = [tmp_path / 'run/iter_2.pth', *(a for a in arguments[1:] if 'indices' not in a)]
     run_tool('test', SEGMENTATION, *arguments, '--show-dir', 'pictures', cwd=other, timeout=1800)
     assert 0 <= metrics(other)['mIoU'] <= 100
     assert len(list((other / 'pictures').rglob('*.png'))) == 3
