@@ -1,4 +1,4 @@
-"""The registry of scope ``swin_mm``, a child of mmengine's, and the one mend mmengine's configs need."""
+"""The scope ``swin_mm``: a registry below mmengine's, and configs that find each other by library."""
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, distribution
@@ -11,12 +11,13 @@ MODELS = Registry('model', parent=ROOT_MODELS, scope='swin_mm', locations=['swin
 
 
 def _find_configs_by_module() -> None:
-    """Let ``_base_ = 'mmseg::...'`` find mmseg whichever distribution brought it.
+    """Let ``_base_ = 'mmseg::...'`` find mmseg whichever distribution brought it, and ``'swin_mm::...'`` find ours.
 
     mmengine looks such a base up by the name of the original distribution (``mmsegmentation`` for mmseg), so it
     reports mmseg as missing when ``onedl-mmsegmentation`` provides it. Where no distribution of the original name is
     installed but the module is, its own name leads mmengine to the same files.
     """
+    MODULE2PACKAGE['swin_mm'] = 'swin_mm'
     for module, package in MODULE2PACKAGE.items():
         try:
             distribution(package)

@@ -60,6 +60,11 @@ def test_whole_models_have_the_published_size(ours, stock, parameters, tmp_path)
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
+def test_configs_are_found_by_library_name(tmp_path):
+    ours = STOCK[0][0]
+    assert load(f'swin_mm::{ours}', tmp_path).model == load(CONFIGS / ours, tmp_path).model
+
+
 @pytest.mark.parametrize('leaf', LEAVES, ids=lambda p: p.stem)
 def test_leaves_are_short_and_build(leaf, tmp_path):
     assert len(leaf.read_text().splitlines()) <= 10

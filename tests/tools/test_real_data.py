@@ -12,6 +12,7 @@ DETECTION = ROOT / 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
 SEGMENTATION = ROOT / 'configs/upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512x512.py'
 FROM_NOTHING = ['model.backbone.init_cfg=None', 'train_dataloader.num_workers=0']
 FROM_NOTHING += ['train_dataloader.persistent_workers=False', 'randomness.seed=0']
+FROM_NOTHING += ['default_hooks.checkpoint.save_optimizer=False']  # hundreds of megabytes
 
 pytestmark = pytest.mark.skipif('SWIN_MM_DATA' not in os.environ, reason='SWIN_MM_DATA is not set')
 # The size that the configs say, and all of the validation images, take minutes on a CPU.
