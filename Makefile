@@ -51,10 +51,12 @@ $(DONE)/mmcv: $(DONE)/torch .ci/install_mmcv.py
 	@touch $@
 
 # opencv-python needs libGL, which machines without a display lack; the headless build of the same version, installed
-# last, takes its place.
+# last, takes its place. The libraries in oracles/ are references for tests and stay out of the environment: torchvision's
+# operators do not load beside another build of torch, and half of a library misleads the others (see tests/zoo.py).
 $(DONE)/all: $(DONE)/mmcv setup.py pyproject.toml
 	@echo 'installing mmdet, mmseg and the tools for tests'
 	$(PIP) --no-build-isolation -e '.[all,dev]'
 	$(PIP) -q --force-reinstall --no-deps opencv-python-headless
+	$(PIP) -q --no-deps --upgrade --target $(VENV)/oracles torchvision timm onedl-mmpretrain
 	$(PY) -m swin_mm.doctor
 	@touch $@

@@ -33,13 +33,14 @@ setup(
             *(f'.mim/configs/{depth}*.{suffix}' for depth in ('', '*/', '*/*/') for suffix in ('py', 'yml', 'md')),
         ]
     },
-    install_requires=['torch>=2.6', 'onedl-mmengine>=0.10.8,<1'],
+    install_requires=['torch>=2.6', 'safetensors', 'onedl-mmengine>=0.10.8,<1'],
     extras_require={
         'det': DET,
         'seg': SEG,
         'all': ALL,
+        'hub': ['huggingface_hub'],  # hf:// addresses of weights
         # transformers: the reference that V2 is tested against; scikit-learn: the pictures of the demo.
-        'dev': ['pytest', 'ruff', 'scikit-learn', 'transformers>=4.45'],
+        'dev': ['huggingface_hub', 'pytest', 'ruff', 'scikit-learn', 'transformers>=4.45'],
     },
     zip_safe=False,
     classifiers=[

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_mm.kernels import get_kernel
-from swin_mm.windows import Size, relative_index
+from swin_mm.windows import Size, log_spaced_offsets, relative_index
 
 
 class WindowAttention(nn.Module):
@@ -107,7 +107,6 @@ class WindowAttentionV2(WindowAttention):
     """
 
     MAX_LOGIT_SCALE = math.log(100.0)
-    COORDINATE_RANGE = 8.0  # offsets are scaled to [-8, 8] before the logarithm of base 8
     BIAS_RANGE = 16.0
 
     def __init__(
@@ -125,20 +124,11 @@ class WindowAttentionV2(WindowAttention):
         """Make the small network that computes the bias from the offset."""
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, self.num_heads, bias=False))
 
-    def coordinates(self, window: Size) -> Tensor:
-        """Log-spaced offsets between tokens of a window, (2 * Hw - 1, 2 * Ww - 1, 2) (Swin V2, equation 4)."""
-        weight = self.cpb_mlp[0].weight
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        axes = [
-            torch.arange(1 - side, side, device=weight.device, dtype=precise) / max((whole or side) - 1, 1)
-            for side, whole in zip(window, self.pretrained_window, strict=True)
-        ]
-        offsets = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1) * self.COORDINATE_RANGE
-        return (offsets.sign() * (offsets.abs() + 1).log2() / math.log2(self.COORDINATE_RANGE)).to(weight.dtype)
-
     def bias_table(self, window: Size) -> tuple[Tensor, Size]:
         """The table that the network gives for windows of this size, and that size."""
-        table = self.cpb_mlp(self.coordinates(window)).flatten(0, 1)
+        weight = self.cpb_mlp[0].weight
+        whole = (self.pretrained_window[0] or window[0], self.pretrained_window[1] or window[1])
+        table = self.cpb_mlp(log_spaced_offsets(window, whole, weight.dtype, weight.device)).flatten(0, 1)
         return self.BIAS_RANGE * table.sigmoid(), window
 
     def project_qkv(self, x: Tensor) -> Tensor:

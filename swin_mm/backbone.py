@@ -1,17 +1,20 @@
 """The backbones that configs name: Swin with OpenMMLab's arguments, freezing and initialisation."""
 
+import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule
 from torch import nn
 
-from swin_mm.checkpoints import CheckpointError, adapt, read_checkpoint
-from swin_mm.checkpoints.files import ALLOWED
-from swin_mm.checkpoints.loading import unwrap
+from swin_mm.checkpoints import CheckpointError, Report, adapt, read_checkpoint, unwrap
+from swin_mm.checkpoints.files import ALLOWED, FETCHERS, wants_to_run
 from swin_mm.registry import MODELS
 from swin_mm.swin import ARCHS, SwinPyramid, SwinPyramidV2
 
@@ -19,11 +22,18 @@ from swin_mm.swin import ARCHS, SwinPyramid, SwinPyramidV2
 def _history_method(owner: type, name: str) -> Callable:
     """What mmengine's training checkpoints use ``getattr`` for, and no more."""
     if owner is not HistoryBuffer or name.startswith('_'):
-        raise CheckpointError(f'it asks for {name} of {owner}')
+        raise wants_to_run(f'getattr of {name}')
     return getattr(owner, name)
 
 
+@contextlib.contextmanager
+def _from_backend(address: str) -> Iterator[Path]:
+    with get_local_path(address) as path:
+        yield Path(path)
+
+
 ALLOWED += [HistoryBuffer, (_history_method, 'builtins.getattr')]
+FETCHERS['*'] = _from_backend
 
 
 class _Backbone:
@@ -42,6 +52,7 @@ class _Backbone:
         pretrained: str | None = None,
         convert_weights: bool = False,
         init_cfg: dict | list[dict] | None = None,
+        strict: bool = True,
         **options: Any,
     ) -> None:
         if arch not in ARCHS:
@@ -54,6 +65,8 @@ class _Backbone:
         if not -1 <= frozen_stages <= len(sizes['depths']):
             raise ValueError(f'frozen_stages={frozen_stages} must be -1 (none) to {len(sizes["depths"])} (all)')
         self.frozen_stages = frozen_stages
+        self.strict = strict
+        self.load_report: Report | None = None
         self.init_cfg = {'type': 'Pretrained', 'checkpoint': pretrained} if pretrained else copy.deepcopy(init_cfg)
         self._freeze()
 
@@ -97,31 +110,43 @@ class _Backbone:
 
     def _load_pretrained(self, config: dict) -> None:
         path = config['checkpoint']
-        state = read_checkpoint(path, config.get('map_location', 'cpu'))
+        checkpoint = read_checkpoint(path, config.get('map_location', 'cpu'))
         try:
-            state = unwrap(state)
-            if prefix := config.get('prefix'):
-                prefix = prefix.rstrip('.') + '.'
-                state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            self.load_state_dict(state)
-        except (CheckpointError, RuntimeError) as error:
+            state = unwrap(checkpoint, config.get('prefix', ''))
+            self.load_state_dict(state, strict=self.strict)
+        except RuntimeError as error:
             raise CheckpointError(f'checkpoint {path}: {error}') from error
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Convert the keys under ``prefix`` to ours first, so that every way of loading takes every naming."""
         theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        strict = self.strict and _strict_asked()
         if prefix and not theirs:
-            raise CheckpointError(
-                f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; name '
-                'weights of a backbone alone in its init_cfg instead of loading them into the whole model'
-            )
-        ours, report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self)
+            if strict:
+                raise CheckpointError(
+                    f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; name '
+                    'weights of a backbone alone in its init_cfg instead of loading them into the whole model'
+                )
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
+        ours, self.load_report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self, strict)
         for key in theirs:
             del state_dict[key]
         state_dict.update({prefix + key: value for key, value in ours.items()})
-        if report.prefix or report.dropped or report.resized or report.kept or report.naming != 'official':
-            print_log(str(report), logger='current')
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        level = logging.INFO if self.load_report.complete and not self.load_report.notes else logging.WARNING
+        print_log(str(self.load_report), logger='current', level=level)
+        return super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _strict_asked() -> bool:
+    """Whether whoever loads a state dict wants all of it.
+
+    torch does not hand its ``strict`` down to the modules, so it is read off the running ``load_state_dict``. mmengine
+    has a loader of its own, whose default is to let anything pass: it is taken to be strict.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is None or frame.f_locals['strict']
 
 
 @MODELS.register_module()
@@ -143,7 +168,10 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
             from construction on.
         pretrained: older way to write ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
         convert_weights: accepted and not needed: namings are recognised.
-        init_cfg: how to start; ``dict(type='Pretrained', checkpoint=path or URL)``, optionally with ``prefix``.
+        init_cfg: how to start; ``dict(type='Pretrained', checkpoint=...)``, a source as
+            :func:`swin_mm.checkpoints.read_checkpoint` takes it, optionally with ``prefix``.
+        strict: *new* a checkpoint, however it is loaded, must give the whole backbone, output norms excepted, which
+            classifiers lack; False loads what fits. ``load_report`` tells what happened.
         **options: the arguments of :class:`swin_mm.swin.SwinPyramid`, among them *new*: ``pad_small_map``,
             ``attention``, and ``window_size`` per stage or as (height, width).
 

@@ -18,7 +18,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 
-from swin_mm.checkpoints import CheckpointError, read_checkpoint
+from swin_mm.checkpoints import CheckpointError, read_checkpoint, unwrap
 from swin_mm.doctor import SCOPES, DependencyError, require
 
 
@@ -151,10 +151,14 @@ def use_safe_reader() -> None:
     Its own reader tries that first and then falls back to executing.
     """
 
-    def load_from_file_or_url(filename: str, map_location: Any = None) -> Any:
-        return read_checkpoint(filename, map_location or 'cpu')
+    def load_from_any_source(filename: str, map_location: Any = None) -> Any:
+        checkpoint = read_checkpoint(filename, map_location or 'cpu')
+        # mmengine looks under 'state_dict' alone.
+        known = isinstance(checkpoint, dict) and 'state_dict' in checkpoint
+        return checkpoint if known else {'state_dict': unwrap(checkpoint)}
 
-    CheckpointLoader.register_scheme(prefixes=['', 'http://', 'https://'], loader=load_from_file_or_url, force=True)
+    schemes = ['', 'http://', 'https://', 'hf://']
+    CheckpointLoader.register_scheme(prefixes=schemes, loader=load_from_any_source, force=True)
     # The remaining schemes (model zoos, object stores) end in torch.load, which obeys this.
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 

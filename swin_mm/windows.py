@@ -4,6 +4,7 @@ B batch, (H, W) map, (Hw, Ww) window, nW windows per padded map, N = Hw * Ww tok
 Windows of one image are adjacent and in reading order: window n of image b is row b * nW + n.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -15,6 +16,9 @@ Size = tuple[int, int]
 MASKED = (
     -100.0
 )  # what every published Swin adds to a forbidden score; not -inf, so that equal weights give equal numbers
+
+
+OFFSET_RANGE = 8.0  # V2 scales offsets to [-8, 8] before the logarithm of base 8
 
 
 def padded(size: Size, window: Size) -> Size:
@@ -105,3 +109,23 @@ def _relative_index(window: Size, table_window: Size, device: torch.device) -> T
         # (Hw, 1, Hw, 1) and (1, Ww, 1, Ww) -> (Hw, Ww, Hw, Ww)
         index = rows[:, None, :, None] * (2 * table_window[1] - 1) + columns[None, :, None, :]
         return index.flatten(2).flatten(0, 1)
+
+
+def log_spaced_offsets(window: Size, whole: Size, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
+    """Offsets between tokens of a window as V2's position bias takes them (Swin V2, equation 4).
+
+    Args:
+        window: (Hw, Ww) of the tokens.
+        whole: the window whose largest offset is normalised to 1.
+        dtype: of the result.
+        device: where the result shall be.
+
+    Returns:
+        (2 * Hw - 1, 2 * Ww - 1, 2); the largest offset of ``whole`` becomes log2(9) / log2(8).
+    """
+    axes = [
+        torch.arange(1 - side, side, device=device, dtype=torch.promote_types(dtype, torch.float32)) / max(most - 1, 1)
+        for side, most in zip(window, whole, strict=True)
+    ]
+    offsets = torch.stack(torch.meshgrid(*axes, indexing='ij'), -1) * OFFSET_RANGE
+    return (offsets.sign() * (offsets.abs() + 1).log2() / math.log2(OFFSET_RANGE)).to(dtype)

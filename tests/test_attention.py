@@ -5,6 +5,7 @@ import math
 import torch
 
 from swin_mm.attention import WindowAttention, WindowAttentionV2
+from swin_mm.windows import log_spaced_offsets
 
 
 def test_v2_limits_its_scale_and_measures_directions_alone():
@@ -20,7 +21,7 @@ def test_v2_limits_its_scale_and_measures_directions_alone():
 
 def test_v2_bias_is_bounded_and_zero_offset_has_coordinate_zero():
     attention = WindowAttentionV2(64, (4, 6), 2)
-    coordinates = attention.coordinates((4, 6))
+    coordinates = log_spaced_offsets((4, 6), (4, 6))
     assert coordinates.shape == (7, 11, 2)
     assert coordinates[3, 5].tolist() == [0, 0]
     # The outermost offset is 8 of 8: log2(9) / log2(8).

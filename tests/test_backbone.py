@@ -186,11 +186,17 @@ def test_bias_tables_of_another_window_are_resized_as_mmdet_does(tmp_path):
 def test_init_cfg_that_fails_never_leaves_random_weights(tmp_path):
     files = {
         'resnet.pth': ({'conv1.weight': torch.rand(3)}, 'nothing in the checkpoint fits.*conv1.weight'),
-        'text.pth': (None, 'damaged or not a PyTorch file'),
+        'text.pth': (None, 'is not a checkpoint: it begins with'),
         'empty.pth': ({}, 'no state dict'),
-        'base.pth': (swin_mm.SwinTransformer(**(SMALL | {'embed_dims': 64})).state_dict(), 'another model.*64.*32'),
-        'part.pth': ({'patch_embed.proj.weight': torch.rand(32, 3, 4, 4)}, 'Missing key'),
-        'deep.pth': (swin_mm.SwinTransformer(**(SMALL | {'depths': (2, 2, 4, 2)})).state_dict(), 'Unexpected key'),
+        'base.pth': (
+            swin_mm.SwinTransformer(**(SMALL | {'embed_dims': 64})).state_dict(),
+            'embed_dims=64.*embed_dims=32',
+        ),
+        'part.pth': ({'patch_embed.proj.weight': torch.rand(32, 3, 4, 4)}, 'patch_embed.proj.bias is missing'),
+        'deep.pth': (
+            swin_mm.SwinTransformer(**(SMALL | {'depths': (2, 2, 4, 2)})).state_dict(),
+            'depths=.2, 2, 4, 2.*blocks.2.norm1.weight is not in the model',
+        ),
     }
     for name, (content, message) in files.items():
         if content is None:
@@ -247,8 +253,48 @@ def test_detector_checkpoints_load_with_the_backbone_inside(tmp_path, loader):
         assert relative_error(model.backbone.eval()(image), theirs(image)) < 1e-5
     assert torch.equal(model.head.weight, torch.eye(2))
     assert state.keys() == before.keys()
-    with pytest.raises(CheckpointError, match="nothing under 'backbone.'"):
-        model.load_state_dict(theirs.state_dict(), strict=False)
+
+
+def load(model: nn.Module, state: dict, way: str, tmp_path) -> None:
+    """Load in one of the ways that do not ask for less than everything."""
+    if way == 'torch':
+        model.load_state_dict(state)
+    else:
+        load_checkpoint(model, state_file(state, tmp_path))  # mmengine's default is to let anything pass
+
+
+@pytest.mark.parametrize('way', ['torch', 'mmengine'])
+def test_part_of_a_backbone_is_no_backbone(tmp_path, way):
+    whole = {k: v for k, v in Detector().state_dict().items() if k != 'backbone.layers.2.blocks.1.mlp.fc1.bias'}
+    backbone = {k.removeprefix('backbone.'): v for k, v in whole.items()}
+    for state, message in (whole, 'layers.2.blocks.1.mlp.fc1.bias is missing'), (backbone, "nothing under 'backbone.'"):
+        model = Detector()
+        with pytest.raises(CheckpointError, match=message):
+            load(model, state, way, tmp_path)
+        # Asked for, of torch or of the backbone, it loads what fits.
+        result = model.load_state_dict(state, strict=False)
+        assert 'backbone.layers.2.blocks.1.mlp.fc1.bias' in result.missing_keys
+        model.backbone.strict = False
+        load_checkpoint(model, state_file(state, tmp_path))
+    assert torch.equal(model.head.bias, whole['head.bias'])
+
+
+def state_file(state: dict, tmp_path) -> str:
+    torch.save({'state_dict': state}, tmp_path / 'd.pth')
+    return str(tmp_path / 'd.pth')
+
+
+@BOTH
+def test_init_cfg_loads_a_part_where_that_is_asked_for(backbone, tmp_path):
+    state = randomise(backbone(**SMALL)).state_dict()
+    del state['layers.0.blocks.0.norm1.weight']
+    file = save(tmp_path / 'part.pth', state)
+    with pytest.raises(CheckpointError, match='part.pth: .*norm1.weight is missing.*strict=False'):
+        backbone(**SMALL, init_cfg=file).init_weights()
+    model = backbone(**SMALL, init_cfg=file, strict=False)
+    model.init_weights()
+    assert model.load_report.missing == ['layers.0.blocks.0.norm1.weight']
+    assert torch.equal(model.patch_embed.proj.weight, state['patch_embed.proj.weight'])
 
 
 @BOTH

@@ -3,10 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import load_checkpoint
+from oracles import randomise, relative_error
+from zoo import NoRandomStart
 
 import swin_mm
+from swin_mm.checkpoints import convert, parse
+from swin_mm.cli import use_safe_reader
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 LEAVES = sorted(CONFIGS.glob('[!_]*/*.py'))
@@ -74,3 +80,29 @@ def test_leaves_are_short_and_build(leaf, tmp_path):
     features = model.backbone.num_features
     head = config.model.neck if 'neck' in config.model else config.model.decode_head
     assert list(head.in_channels) == [features[i] for i in model.backbone.out_indices]
+
+
+@pytest.mark.parametrize('ours, stock, parameters', STOCK, ids=lambda v: str(v).rpartition('/')[2])
+@pytest.mark.parametrize('naming', ['mmdet', 'official'])
+@torch.no_grad()
+def test_whole_checkpoints_of_stock_models_load(ours, stock, parameters, naming, tmp_path):
+    """As mmdet and mmseg publish them, and as the official repositories do, which named the backbone otherwise."""
+    models = []
+    for name in (stock, CONFIGS / ours):
+        config = load(name, tmp_path)
+        init_default_scope(config.default_scope)
+        with NoRandomStart():
+            models.append(MODELS.build(config.model))
+    theirs, model = randomise(models[0]), models[1]
+    state = theirs.state_dict()
+    torch.save(convert(parse(state), naming)[0], tmp_path / 'whole.pth')
+    use_safe_reader()
+    load_checkpoint(model, str(tmp_path / 'whole.pth'))
+    assert model.backbone.load_report.complete and not model.backbone.load_report.new
+    loaded = model.state_dict()
+    others = [key for key in loaded if not key.startswith('backbone.')]
+    assert len(others) > 40
+    assert all(torch.equal(loaded[key], state[key]) for key in others)
+    image = torch.rand(1, 3, 70, 90)
+    theirs.backbone.eval()
+    assert relative_error(model.backbone.eval()(image), theirs.backbone(image)) < 1e-5

@@ -1,6 +1,18 @@
-"""Published checkpoints: reading files safely, and turning every key naming into ours."""
+"""Published checkpoints: reading files safely, and turning every key naming into ours and back."""
 
-from swin_mm.checkpoints.files import CheckpointError, read_checkpoint
+from swin_mm.checkpoints.contents import Contents, Variant, convert, parse, unwrap
+from swin_mm.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
 from swin_mm.checkpoints.loading import Report, adapt
 
-__all__ = ['CheckpointError', 'Report', 'adapt', 'read_checkpoint']
+__all__ = [
+    'CheckpointError',
+    'Contents',
+    'Report',
+    'Variant',
+    'adapt',
+    'convert',
+    'parse',
+    'read_checkpoint',
+    'unwrap',
+    'write_checkpoint',
+]

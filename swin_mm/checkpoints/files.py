@@ -1,16 +1,25 @@
-"""Reading checkpoint files without executing anything in them."""
+"""Reading checkpoint files without executing anything in them, and writing them whole or not at all."""
 
+import contextlib
+import io
 import os
 import pickle
 import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
+SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')  # of the files written here
 
 
-class CheckpointError(ValueError):
+class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or does not fit; the message says what is wrong and what to do."""
 
 
@@ -27,32 +36,232 @@ def _numpy_globals() -> list[Any]:
 ALLOWED: list[Any] = _numpy_globals()
 
 
-def read_checkpoint(path: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
-    """Read a ``.pth`` file from disk or from an http(s) address (cached by ``torch.hub``).
+def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
+    """Read a checkpoint of any format: PyTorch's (zip or older), safetensors, or a pickle of arrays or tensors.
 
-    Only tensors and the plain data of :data:`ALLOWED` are unpickled.
+    The format is told from the content. Only tensors and the plain data of :data:`ALLOWED` are unpickled.
+
+    Args:
+        source: a path, an http(s) address (kept in ``torch.hub``'s folder), ``hf://owner/name[/file][@revision]`` for
+            a file on the Hugging Face Hub, or an address of another scheme in :data:`FETCHERS`.
+        map_location: where tensors go, as for ``torch.load``.
 
     Raises:
         CheckpointError: no such file, not a checkpoint, damaged, or it wants to run code.
     """
-    path = os.fspath(path)
+    source = os.fspath(source)
+    with _errors_named(source), fetch(source) as path:
+        try:
+            return _read(path, map_location)
+        except CheckpointError as error:
+            where = '' if str(path) == source else f' (kept as {path}: delete that to have it fetched again)'
+            raise CheckpointError(f'checkpoint {source} {error}{where}') from error.__cause__
+
+
+def fetch(source: str) -> AbstractContextManager[Path]:
+    """The local path of a source, valid inside the context.
+
+    Raises:
+        CheckpointError: there is no such file, or its address is of no known scheme.
+    """
+    scheme, colon, _ = source.partition('://')
+    if colon:
+        return FETCHERS.get(scheme, FETCHERS['*'])(source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise CheckpointError(f'checkpoint {source} is a folder; name the file in it')
+    if not path.exists():
+        raise CheckpointError(f'checkpoint {source} does not exist; check the path')
+    return contextlib.nullcontext(path)
+
+
+@contextlib.contextmanager
+def _errors_named(source: str) -> Iterator[None]:
+    """Name the file in whatever goes wrong while it is fetched."""
     try:
-        with torch.serialization.safe_globals(ALLOWED):
-            if path.startswith(('http://', 'https://')):
-                return torch.hub.load_state_dict_from_url(path, map_location=map_location, weights_only=True)
-            return torch.load(Path(path).expanduser(), map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f'checkpoint {path} does not exist; check the path') from None
-    except IsADirectoryError:
-        raise CheckpointError(f'checkpoint {path} is a folder; name the file in it') from None
-    except pickle.UnpicklingError as error:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f'checkpoint {source} cannot be read: {_first_line(error)}') from error
+
+
+def _download(address: str) -> AbstractContextManager[Path]:
+    path = Path(torch.hub.get_dir(), 'checkpoints', address.rpartition('/')[2].partition('?')[0])
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(address, str(path))  # into a temporary file, renamed when it is whole
+    return contextlib.nullcontext(path)
+
+
+def _from_hugging_face(address: str) -> AbstractContextManager[Path]:
+    found = re.fullmatch(r'hf://([^/@]+/[^/@]+)(?:/([^@]+))?(?:@(.+))?', address)
+    if found is None:
+        raise CheckpointError(f'checkpoint {address}: expected hf://owner/name, optionally with /file and @revision')
+    try:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
+    except ImportError as error:
+        raise CheckpointError(f'checkpoint {address} needs huggingface_hub: pip install huggingface_hub') from error
+    repo, file, revision = found.groups()
+    if file is None:
+        with contextlib.suppress(EntryNotFoundError):  # raised offline too, for what is not in the cache
+            return _from_hugging_face(f'hf://{repo}/model.safetensors' + (f'@{revision}' if revision else ''))
+    return contextlib.nullcontext(Path(hf_hub_download(repo, file or 'pytorch_model.bin', revision=revision)))
+
+
+def _unknown_scheme(address: str) -> AbstractContextManager[Path]:
+    raise CheckpointError(f'checkpoint {address}: expected a path, or an address with http(s):// or hf://')
+
+
+# What fetches addresses, by scheme; '*' is for all others.
+FETCHERS: dict[str, Callable[[str], AbstractContextManager[Path]]] = {
+    'http': _download,
+    'https': _download,
+    'hf': _from_hugging_face,
+    '*': _unknown_scheme,
+}
+
+
+def _read(path: Path, map_location: Any) -> Any:
+    """Read a local file by what it is; errors do not name it."""
+    with path.open('rb') as file:
+        head = file.read(512)
+    try:
+        if head.startswith(b'PK'):
+            return _read_zip(path, map_location)
+        if head.startswith(b'\x80'):  # a pickle
+            if _is_older_torch(head):
+                with torch.serialization.safe_globals(ALLOWED):
+                    return torch.load(path, map_location=map_location, weights_only=True)
+            with path.open('rb') as file:
+                return _PlainUnpickler(file, map_location).load()
+        if head[8:9] == b'{':
+            return _read_safetensors(path, map_location)
+    except CheckpointError:
+        raise
+    except Exception as error:
         code = re.search(r'GLOBAL (\S+)', str(error))
         if code is None:
-            raise CheckpointError(f'checkpoint {path} is damaged or not a PyTorch file') from error
-        raise CheckpointError(
-            f'checkpoint {path} wants to run code ({code[1]}) when it is opened, so it was not opened; if you trust '
-            'its origin, open it with torch.load(..., weights_only=False) and save its state_dict alone'
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f'checkpoint {path} cannot be read: {reason}') from error
+            raise CheckpointError(f'is damaged, or not a checkpoint: {_first_line(error)}') from error
+        raise wants_to_run(code[1]) from error
+    raise CheckpointError(f'is not a checkpoint: {_what_else(head)}; expected PyTorch, safetensors or pickle')
+
+
+def _what_else(head: bytes) -> str:
+    if not head:
+        return 'it is empty'
+    if head.startswith(b'version https://git-lfs'):
+        return 'it is a pointer of Git LFS, get the file itself with `git lfs pull`'
+    if head.lstrip()[:1] == b'<':
+        return 'it is a web page, the address leads to a page about the file'
+    return f'it begins with {head[:8]!r}'
+
+
+def _read_zip(path: Path, map_location: Any) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith('/constants.pkl') for name in names):
+            raise CheckpointError('is a TorchScript program, not a checkpoint; use the state_dict it was made from')
+        # torch.load does not compare checksums.
+        if damaged := archive.testzip():
+            raise CheckpointError(f'is damaged: its part {damaged} does not have the checksum it was written with')
+    with torch.serialization.safe_globals(ALLOWED):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def _read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    state = load_file(path)
+    return state if map_location in (None, 'cpu') else {key: value.to(map_location) for key, value in state.items()}
+
+
+def _is_older_torch(head: bytes) -> bool:
+    """Whether a pickle begins with the magic number of torch.save's older format."""
+    return head[2:].startswith(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:])
+
+
+def wants_to_run(what: str) -> CheckpointError:
+    """The refusal of a pickle that names something beside plain data."""
+    return CheckpointError(
+        f'wants to run code ({what}) when it is opened, so it was not opened; if you trust its origin, open it with '
+        'torch.load(..., weights_only=False) or pickle.load and save its state_dict alone'
+    )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Opens the pickles that detectron2 and Mask2Former publish: arrays or tensors in dicts."""
+
+    def __init__(self, file: Any, map_location: Any) -> None:
+        super().__init__(file, encoding='latin1')  # written by Python 2, some of them
+        self._allowed: dict[str, Any] = {
+            'collections.OrderedDict': OrderedDict,
+            '_codecs.encode': _latin1_bytes,
+            'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
+            # torch's own would open the bytes as a pickle without restrictions.
+            'torch.storage._load_from_bytes': lambda data: torch.load(
+                io.BytesIO(data), map_location=map_location, weights_only=True
+            ),
+        }
+        for item in ALLOWED:
+            what, name = item if isinstance(item, tuple) else (item, f'{item.__module__}.{item.__qualname__}')
+            self._allowed[name] = what
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What the pickle may name."""
+        try:
+            return self._allowed[f'{module}.{name}']
+        except KeyError:
+            raise wants_to_run(f'{module}.{name}') from None
+
+
+def _latin1_bytes(text: str, encoding: str) -> bytes:
+    """How pickle's protocol 2 writes bytes."""
+    if encoding != 'latin1':
+        raise CheckpointError(f'is damaged: bytes in {encoding}')
+    return text.encode('latin1')
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [''])[0] or type(error).__name__
+
+
+def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str], force: bool = False) -> None:
+    """Write a checkpoint in the format that the suffix names; the file appears whole or not at all.
+
+    Args:
+        content: what to save; for ``.safetensors`` tensors by name.
+        path: ends in one of :data:`SUFFIXES`.
+        force: replace an existing file.
+
+    Raises:
+        CheckpointError: the file exists, its folder does not, or the suffix is unknown.
+    """
+    path = Path(path).expanduser()
+    check_writable(path, force)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        if path.suffix == '.safetensors':
+            from safetensors.torch import save_file
+
+            save_file(dict(content), temporary, metadata={'format': 'pt'})
+        else:
+            torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, force: bool) -> None:
+    """Say now what :func:`write_checkpoint` would object to.
+
+    Raises:
+        CheckpointError: see there.
+    """
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f'{path} must end in one of {", ".join(SUFFIXES)}: the suffix tells the format')
+    if not path.parent.is_dir():
+        raise CheckpointError(f'the folder {path.parent} does not exist; make it first')
+    if path.is_dir() or (path.exists() and not force):
+        raise CheckpointError(f'{path} exists already; choose another name, or --force to replace a file')

@@ -1,151 +1,196 @@
 """From a checkpoint of any known naming to the state of a given pyramid, with an account of what happened."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swin_mm.attention import WindowAttentionV2
+from swin_mm.checkpoints.contents import Contents, Variant, meaning, parse
 from swin_mm.checkpoints.files import CheckpointError
-from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, Naming
+from swin_mm.checkpoints.namings import CLASSIFIER, LEFTOVERS, OFFICIAL, OUTPUT_NORMS
 from swin_mm.swin import SwinPyramid
+from swin_mm.windows import Size
 
 
 @dataclass
 class Report:
-    """What became of a checkpoint.
+    """What became of a checkpoint. Keys are ours where not said otherwise.
 
     Args:
         naming: the key naming found.
         prefix: what stood before the backbone's keys.
-        fitting: our keys that the file gives.
-        resized: our key -> how the file's value was changed to fit.
+        loaded: parameters that the file gives.
+        converted: those of them with another name or layout in the file -> the name there.
+        resized: those of them whose shape had to change -> from what to what.
+        rebuilt: what the file stores and the model derives from its sizes.
         dropped: the file's key -> why it is not needed.
-        kept: our output norms that the file, a classifier's, does not have; they keep their start.
+        new: output norms, which classifiers lack; they start as new norms.
+        missing: other parameters that the file lacks.
+        unexpected: what the file's backbone has and the model does not; the file's keys.
+        wrong_shape: the file's key -> both shapes.
+        notes: what to mind.
     """
 
     naming: str
-    prefix: str
-    fitting: list[str] = field(default_factory=list)
+    prefix: str = ''
+    loaded: list[str] = field(default_factory=list)
+    converted: dict[str, str] = field(default_factory=dict)
     resized: dict[str, str] = field(default_factory=dict)
+    rebuilt: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
-    kept: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Every parameter of the model has its value from the file, new output norms excepted, and nothing is left."""
+        return not (self.missing or self.unexpected or self.wrong_shape)
 
     def __str__(self) -> str:
+        rows = [
+            ('loaded', self.loaded, ''),
+            ('of them converted', self.converted, _example(self.converted)),
+            ('of them resized', self.resized, _example(self.resized)),
+            ('rebuilt', self.rebuilt, 'indices, tables and masks follow from the sizes'),
+            *((f'not needed: {why}', [w for w in self.dropped.values() if w == why], '') for why in self._reasons()),
+            ('new', self.new, 'output norms, which classifiers lack; they start as new norms'),
+            ('MISSING', self.missing, _some(self.missing)),
+            ('UNEXPECTED', self.unexpected, _some(self.unexpected)),
+            ('WRONG SHAPE', self.wrong_shape, _example(self.wrong_shape)),
+        ]
         where = f' under {self.prefix!r}' if self.prefix else ''
-        lines = [f'Swin weights: {self.naming} naming{where}, {len(self.fitting)} tensors fit']
-        lines += [f'  resized {key}: {how}' for key, how in self.resized.items()]
-        reasons = list(self.dropped.values())
-        lines += [f'  not needed: {reasons.count(why)} x {why}' for why in dict.fromkeys(reasons)]
-        if self.kept:
-            lines.append(f'  not in the file: {", ".join(self.kept)} (a classifier has none); they start as new norms')
-        return '\n'.join(lines)
+        rows = [(name, len(items), detail) for name, items, detail in rows if items]
+        width = max((len(name) for name, _, _ in rows), default=0)
+        lines = [f'  {name:{width}} {count:4}  {detail}'.rstrip() for name, count, detail in rows]
+        return '\n'.join([f'Swin weights, {self.naming} naming{where}:', *lines, *(f'  {note}' for note in self.notes)])
+
+    def _reasons(self) -> list[str]:
+        return list(dict.fromkeys(self.dropped.values()))
 
 
-def unwrap(checkpoint: Any) -> Mapping[str, Tensor]:
-    """The state dict inside a checkpoint: itself or its ``state_dict`` or ``model``."""
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
-    if not isinstance(checkpoint, Mapping) or not any(isinstance(v, Tensor) for v in checkpoint.values()):
-        raise CheckpointError(
-            'the file holds no state dict: expected tensors by name, bare or under state_dict or model'
-        )
-    return checkpoint
+def _some(items: Mapping[str, Any] | list[str]) -> str:
+    shown = ', '.join(list(items)[:3])
+    return f'{shown}, ...' if len(items) > 3 else shown
 
 
-def adapt(state: Mapping[str, Tensor], model: SwinPyramid) -> tuple[dict[str, Tensor], Report]:
+def _example(items: Mapping[str, str]) -> str:
+    return ''.join(f'{key}: {value}' for key, value in list(items.items())[:1]) + (', ...' if len(items) > 1 else '')
+
+
+def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> tuple[dict[str, Tensor], Report]:
     """Turn a state dict of any known naming into one that ``model`` loads.
-
-    Keys of other parts of a detector or segmentor, and what :data:`~swin_mm.checkpoints.namings.LEFTOVERS` lists, are
-    dropped. Keys of the backbone that the model does not have stay, for strict loading to report.
 
     Args:
         state: tensors by name.
         model: the pyramid to load into; not changed.
+        strict: raise where the file does not give the whole backbone.
 
     Returns:
         Our keys and values, and the account.
 
     Raises:
-        CheckpointError: nothing fits, or a tensor has a shape that cannot be made to fit.
+        CheckpointError: nothing fits; or, with ``strict``, parameters are missing, unknown to the model, or of a shape
+            that cannot be made to fit.
     """
     own = model.state_dict()
-    naming, prefix = _recognise(state, own)
-    report = Report(naming.name, prefix)
+    contents = _parse(state, own)
+    report = Report(contents.naming.name, contents.prefix, rebuilt=list(contents.rebuilt))
+    report.dropped = dict.fromkeys(contents.others, 'other part of the model')
     ours: dict[str, Tensor] = {}
-    misfits = []
-    for key, value in state.items():
-        if not key.startswith(prefix):
-            report.dropped[key] = 'other part of the model'
+    misfits = set()
+    for key, value in contents.state.items():
+        source, name = contents.sources[key], _placed(key, contents, model)
+        if name not in own:
+            why = meaning(name, LEFTOVERS + CLASSIFIER) or _unread(name, model)
+            if why is None:
+                report.unexpected.append(source)
+                ours[name] = value  # for torch, which knows what the caller thinks of that
+            else:
+                report.dropped[source] = why
             continue
-        name = key.removeprefix(prefix)
-        why = _leftover(name) or ('other part of the model' if not isinstance(value, Tensor) else None)
-        if why is None:
-            name, value = naming.to_ours(name, value)
-            if name not in own:
-                why = _unread(name, model)
-        if why is not None:
-            report.dropped[key] = why
+        fitted = _fit(name, value, own[name], model)
+        old, new = tuple(value.shape), tuple(own[name].shape)
+        if fitted.shape != new:
+            misfits.add(name)
+            report.wrong_shape[source] = f'is {old}, the model has {new}'
             continue
-        if name in own:
-            resized = _fit(name, value, own[name], model)
-            if resized.shape != own[name].shape:
-                misfits.append(f'{key} is {tuple(value.shape)}, the model needs {tuple(own[name].shape)}')
-                continue
-            if resized.shape != value.shape:
-                report.resized[name] = f'{tuple(value.shape)} -> {tuple(resized.shape)}'
-            value = resized
-            report.fitting.append(name)
-        ours[name] = value
-    if misfits:
-        more = f' (and {len(misfits) - 3} more)' if len(misfits) > 3 else ''
-        raise CheckpointError(
-            f'the checkpoint is of another model: {"; ".join(misfits[:3])}{more}. '
-            'Give the backbone the arch and window_size of the checkpoint, or choose the checkpoint that fits.'
-        )
-    norms = [name for name in own if re.match(r'norm\d', name)]
-    if not any(re.match(r'norm\d', name) for name in ours):
-        report.kept = norms
-        ours.update({name: own[name] for name in norms})
-    if not report.fitting:
-        raise _nothing_fits(state)
+        if new != old:
+            report.resized[name] = f'{old} -> {new}'
+        if source != contents.prefix + name or value is not state[source]:
+            report.converted[name] = f'from {source}'
+        report.loaded.append(name)
+        ours[name] = fitted
+    has_norms = any(re.fullmatch(OUTPUT_NORMS, name) for name in report.loaded)
+    for name in [name for name in own if name not in ours and name not in misfits]:
+        (report.new if re.fullmatch(OUTPUT_NORMS, name) and not has_norms else report.missing).append(name)
+    report.notes = _notes(contents, model)
+    if (strict and not report.complete) or not report.loaded:
+        raise CheckpointError(_refusal(report, contents, model))
+    ours |= {name: own[name] for name in report.new}
     return ours, report
 
 
-def _recognise(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[Naming, str]:
-    """The naming of a state dict and the prefix of the backbone's keys in it."""
-    found = [
-        (key.removesuffix(naming.anchor), naming)
-        for key in state
-        for naming in NAMINGS
-        if key == naming.anchor or key.endswith('.' + naming.anchor)
-    ]
-    if not found:
-        if own.keys() & state.keys():  # part of our own state
-            return NAMINGS[0], ''
-        raise _nothing_fits(state)
-    shortest = min(len(prefix) for prefix, _ in found)
-    found = [(prefix, naming) for prefix, naming in found if len(prefix) == shortest]
-    if len(found) > 1:
-        names = ' and '.join(prefix for prefix, _ in found)
-        raise CheckpointError(f'the checkpoint holds several backbones, {names}: say which with init_cfg prefix=...')
-    return found[0][1], found[0][0]
+def _parse(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Contents:
+    """Any naming, or a part of our own state."""
+    try:
+        return parse(state)
+    except CheckpointError:
+        if state and state.keys() <= own.keys():
+            return Contents(OFFICIAL, '', dict(state), {key: key for key in state})
+        raise
 
 
-def _nothing_fits(state: Mapping[str, Tensor]) -> CheckpointError:
-    some = ', '.join(list(state)[:3]) or 'none'
-    anchors = ' or '.join(naming.anchor for naming in NAMINGS)
-    return CheckpointError(
-        f'nothing in the checkpoint fits a Swin Transformer backbone: expected keys such as {anchors}, found {some}'
+def _placed(key: str, contents: Contents, model: SwinPyramid) -> str:
+    """Where a model wants a parameter: it names a classifier's last norm if it ends like a classifier."""
+    last = len(model.layers) - 1
+    ends_alike = model.out_indices == (last,) and f'layers.{last + 1}.blocks.0.norm1.weight' not in contents.state
+    return key.replace('norm.', f'norm{last}.') if key.startswith('norm.') and ends_alike else key
+
+
+def _refusal(report: Report, contents: Contents, model: SwinPyramid) -> str:
+    """What is wrong with a checkpoint, and what to do."""
+    reasons = [f'{key} {shapes}' for key, shapes in report.wrong_shape.items()]
+    reasons += [f'{key} is missing' for key in report.missing]
+    reasons += [f'{key} is not in the model' for key in report.unexpected]
+    listed = '; '.join(reasons[:3]) + (f' (and {len(reasons) - 3} more)' if len(reasons) > 3 else '')
+    try:
+        theirs, mine = contents.variant, Variant.of(model.state_dict())
+    except (KeyError, ValueError):  # too little of a model to tell
+        theirs = mine = None
+    stages = len(model.layers)
+    if theirs is not None and (theirs.version != mine.version or theirs.sizes(stages) != mine.sizes(stages)):
+        kind = f"type='swin_mm.SwinTransformer{'V2' if theirs.version == 2 else ''}'"
+        size = f"arch='{theirs.arch}'" if theirs.arch else 'its embed_dims, depths and num_heads'
+        remedy = f'give the backbone {kind} and {size}, or choose the checkpoint of another model'
+        return f'the checkpoint is of a {theirs}, the model is a {mine}: {listed}; {remedy}'
+    return (
+        f'the checkpoint does not give the whole backbone: {listed}; choose the checkpoint of this model, or load what '
+        'fits with strict=False'
     )
 
 
-def _leftover(name: str) -> str | None:
-    """Why a backbone has no use for this key, or None."""
-    return next((why for pattern, why in LEFTOVERS if re.fullmatch(pattern, name)), None)
+def _notes(contents: Contents, model: SwinPyramid) -> list[str]:
+    """What a V2 file says of its windows, where the model would read its position bias otherwise."""
+    attentions = [stage.blocks[0].attn for stage in model.layers]
+    if not isinstance(attentions[0], WindowAttentionV2) or 'patch_embed.proj.weight' not in contents.state:
+        return []
+    found = [size and size[1] for size in contents.windows()[: len(attentions)]]
+    used = [tuple(p or w for p, w in zip(a.pretrained_window, a.window, strict=True)) for a in attentions]
+    if all(whole is None or (whole, whole) == mine for whole, mine in zip(found, used, strict=True)):
+        return []
+    return [
+        f'NOTE: the weights read their position bias by windows {tuple(found)}, this model by {tuple(used)}: '
+        f'set pretrained_window_sizes={tuple(found)}'
+    ]
 
 
 def _unread(name: str, model: SwinPyramid) -> str | None:
@@ -163,13 +208,68 @@ def _fit(name: str, value: Tensor, target: Tensor, model: SwinPyramid) -> Tensor
     """The value in the target's shape, where there is a faithful way."""
     if value.shape == target.shape:
         return value
-    if name == 'absolute_pos_embed' and value.ndim == 3 and value.numel() == target.numel():
-        return value.transpose(1, 2).reshape(target.shape)  # (1, H * W, C) -> (1, C, H, W)
+    if name == 'absolute_pos_embed' and value.ndim == 4 and value.shape[1] == target.shape[1]:
+        return F.interpolate(value, size=target.shape[2:], mode='bicubic')
     if name.endswith('.relative_position_bias_table') and value.shape[1:] == target.shape[1:]:
-        side = int(value.shape[0] ** 0.5)
-        if side * side == value.shape[0]:
-            window = model.get_submodule(name.rpartition('.')[0]).window
-            table = value.T.reshape(1, -1, side, side)
-            size = (2 * window[0] - 1, 2 * window[1] - 1)
-            return F.interpolate(table, size=size, mode='bicubic')[0].flatten(1).T.contiguous()
+        return _resized_table(value, model.get_submodule(name.rpartition('.')[0]).window)
+    if name == 'patch_embed.proj.weight' and value.ndim == 4 and len(value) == len(target):
+        return _resized_patches(_recoloured(value, target.shape[1]), target.shape[2:])
     return value
+
+
+def _resized_table(table: Tensor, window: Size) -> Tensor:
+    """A position bias for another window, by bicubic interpolation as in the official code.
+
+    Args:
+        table: ((2 * w - 1) ** 2, h) of a square window.
+        window: (Hw, Ww).
+
+    Returns:
+        ((2 * Hw - 1) * (2 * Ww - 1), h), or the table itself where it is of no square window.
+    """
+    side = math.isqrt(len(table))
+    if side**2 != len(table):
+        return table
+    size = (2 * window[0] - 1, 2 * window[1] - 1)
+    return F.interpolate(table.T.reshape(1, -1, side, side), size=size, mode='bicubic')[0].flatten(1).T.contiguous()
+
+
+def _recoloured(weight: Tensor, channels: int) -> Tensor:
+    """A patch projection for images of other channels: RGB repeated in turn, scaled to the same overall strength.
+
+    One channel thus gets the sum over RGB, and sees in a grey image what RGB sees in its three equal channels.
+
+    Args:
+        weight: (C, in_channels, patch, patch).
+        channels: of the new images.
+
+    Returns:
+        (C, channels, patch, patch).
+    """
+    old = weight.shape[1]
+    if channels == old:
+        return weight
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, torch.arange(channels) % old] * (old / channels)
+
+
+def _resized_patches(weight: Tensor, size: Size) -> Tensor:
+    """A patch projection for patches of another size that gives resized patches their old embedding.
+
+    Larger patches: exactly; smaller ones: as well as least squares can (FlexiViT, arXiv 2212.08013, section 3.4).
+
+    Args:
+        weight: (C, in_channels, height, width).
+        size: (height, width) of the new patches.
+
+    Returns:
+        (C, in_channels, *size).
+    """
+    old = tuple(weight.shape[2:])
+    if old == tuple(size):
+        return weight
+    pixels = torch.eye(old[0] * old[1], dtype=torch.float64).unflatten(1, (1, *old))
+    resize = F.interpolate(pixels, size=tuple(size), mode='bicubic').flatten(1)  # row i: pixel i, resized
+    resized = weight.flatten(2).double() @ torch.linalg.pinv(resize).T
+    return resized.unflatten(2, tuple(size)).to(weight.dtype)

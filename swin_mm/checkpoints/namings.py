@@ -1,56 +1,235 @@
-"""How each family of checkpoints names Swin's parameters: one row per naming."""
+"""How each family of checkpoints names and lays out Swin's parameters: one row per naming, read in both directions.
 
-from dataclasses import dataclass
+Our names are the official repository's, with `norm0`, `norm1`, ... for output norms, `norm` for a classifier's last
+norm and `head` for its linear layer.
+"""
 
-from torch import Tensor
+import functools
+import re
+from dataclasses import dataclass, replace
+
+Names = tuple[tuple[str, str], ...]  # (ours, theirs)
+
+STAGES = 8  # more than any published model has
 
 
 @dataclass(frozen=True)
 class Naming:
-    """A key naming.
+    """A key naming. What its tables do not list is named as ours.
 
     Args:
         name: what the family is called.
-        anchor: its name of the patch embedding's weight; finding it tells the naming and the prefix.
-        rules: (theirs, ours), replaced in this order wherever they occur in a key.
+        parts: how keys begin, with `{i}` for a stage, and `{i+1}`, `{2i+1}`, `{2i+2}` where theirs are counted
+            otherwise; a beginning with `/` stands outside ``wrappers``. Where two rows have the same name of ours, the
+            first is written and both are read.
+        inside: names within a block.
+        wrappers: what the backbone is called in the family's classifiers; the first is written, all are read.
         unfold: patch merging takes its channels in the order of ``nn.Unfold`` (channel, row, column) instead of the
             official (column, row, channel).
+        qkv_bias: V2 has one bias for q, k and v, with zeros for k, instead of two vectors.
+        flat_position: the absolute position embedding is (1, H * W, C) instead of (1, C, H, W).
+        version: 1 or 2 if only that version of Swin is named so.
+        mark: a pattern that some key of the file matches, to tell namings that begin alike.
+        unlike: a pattern that no key of the file matches.
+        lacks: a pattern of our names that the family has no place for.
+        index: the shape of the position index that its strict loading expects beside the parameters, 'square' or
+            'flat'; '' for none.
+        whole: whole detectors and segmentors are published in it, not classifiers only.
+        last_norm: its classifiers write the last norm as the last stage's output norm.
+        under: the key of the file under which its state dict stands; '' for none.
     """
 
     name: str
-    anchor: str
-    rules: tuple[tuple[str, str], ...] = ()
+    parts: Names = ()
+    inside: Names = ()
+    wrappers: tuple[str, ...] = ('',)
     unfold: bool = False
+    qkv_bias: bool = False
+    flat_position: bool = False
+    version: int | None = None
+    mark: str = ''
+    unlike: str = r'\A\Z'
+    lacks: str = r'\A\Z'
+    index: str = ''
+    whole: bool = False
+    last_norm: bool = False
+    under: str = ''
 
-    def to_ours(self, key: str, value: Tensor) -> tuple[str, Tensor]:
-        """Our key and value for one of this naming's."""
-        for theirs, ours in self.rules:
-            key = key.replace(theirs, ours)
-        if self.unfold and '.downsample.' in key:
-            # (..., C * row * column) -> (..., column * row * C)
-            value = value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
-        return key, value
+    @property
+    def anchor(self) -> str:
+        """Their name of the patch embedding's weight; finding it tells the naming and the prefix."""
+        return self.theirs('patch_embed.proj.weight')
+
+    def ours(self, key: str) -> str:
+        """Our name for one of theirs."""
+        return _inside_block(_replace_start(key, _starts(self.parts, False)), _starts(self.inside, False))
+
+    def theirs(self, key: str) -> str:
+        """Their name for one of ours; with `/` in front, it stands outside the wrapper."""
+        return _replace_start(_inside_block(key, _starts(self.inside, True)), _starts(self.parts, True))
 
 
-NAMINGS = (
-    Naming('official', 'patch_embed.proj.weight'),
-    Naming(
-        'mmdet / mmseg',
-        'patch_embed.projection.weight',
-        rules=(
-            ('patch_embed.projection.', 'patch_embed.proj.'),
-            ('stages.', 'layers.'),
-            ('.attn.w_msa.', '.attn.'),
-            ('.ffn.layers.0.0.', '.mlp.fc1.'),
-            ('.ffn.layers.1.', '.mlp.fc2.'),
-        ),
-        unfold=True,
+@functools.cache
+def _starts(names: Names, to_theirs: bool) -> dict[str, str]:
+    """From beginning to beginning, longest first, for every stage."""
+    found: dict[str, str] = {}
+    for ours, theirs in names:
+        for i in range(STAGES if '{i}' in ours else 1):
+            counted = theirs
+            for text, number in (('{i}', i), ('{i+1}', i + 1), ('{2i+1}', 2 * i + 1), ('{2i+2}', 2 * i + 2)):
+                counted = counted.replace(text, str(number))
+            pair = (ours.replace('{i}', str(i)), counted)
+            found.setdefault(*(pair if to_theirs else pair[::-1]))
+    return dict(sorted(found.items(), key=lambda item: -len(item[0])))
+
+
+def _inside_block(key: str, starts: dict[str, str]) -> str:
+    """Replace in what follows `layers.i.blocks.j.`."""
+    block = re.match(r'layers\.\d+\.blocks\.\d+\.', key)
+    return block[0] + _replace_start(key.removeprefix(block[0]), starts) if block else key
+
+
+def _replace_start(key: str, starts: dict[str, str]) -> str:
+    for start, replacement in starts.items():
+        if key == start or key.startswith(start + '.'):
+            return replacement + key.removeprefix(start)
+    return key
+
+
+OUTPUT_NORMS = r'norm\d+\..*'
+
+OFFICIAL = Naming(
+    'official', flat_position=True, mark=r'layers\.0\.blocks\.', index='square', whole=True, under='model'
+)
+MMDET = Naming(
+    'mmdet / mmseg',
+    parts=(('patch_embed.proj', 'patch_embed.projection'), ('layers.{i}', 'stages.{i}')),
+    inside=(('attn', 'attn.w_msa'), ('mlp.fc1', 'ffn.layers.0.0'), ('mlp.fc2', 'ffn.layers.1')),
+    unfold=True,
+    flat_position=True,
+    version=1,
+    mark=r'stages\.0\.blocks\.',
+    index='square',
+    whole=True,
+    under='state_dict',
+)
+MMPRETRAIN = replace(
+    MMDET,
+    name='mmpretrain',
+    parts=(*MMDET.parts, ('head', '/head.fc')),
+    wrappers=('backbone.',),
+    whole=False,
+    last_norm=True,
+    mark=r'(\A|\.)head\.fc\.',
+)
+TIMM = Naming(
+    'timm',
+    parts=(('layers.{i}.downsample', 'layers.{i+1}.downsample'), ('head', 'head.fc')),
+    mark=r'layers\.[1-9]\.downsample\.',
+    unlike=r'layers\.0\.downsample\.',
+    lacks=f'{OUTPUT_NORMS}|absolute_pos_embed',
+)
+TRANSFORMERS = Naming(
+    'transformers',
+    parts=(
+        ('patch_embed.proj', 'embeddings.patch_embeddings.projection'),
+        ('patch_embed', 'embeddings'),
+        ('absolute_pos_embed', 'embeddings.position_embeddings'),
+        ('layers', 'encoder.layers'),
+        ('norm', 'layernorm'),
+        ('norm', 'swin.layernorm'),  # in files of its SwinBackbone
+        ('norm{i}', '/hidden_states_norms.stage{i+1}'),
+        ('norm{i}', '/hidden_states_norms.{i}'),  # its MaskFormerSwinBackbone
+        ('head', '/classifier'),
     ),
+    inside=(
+        ('norm1', 'layernorm_before'),
+        ('norm2', 'layernorm_after'),
+        ('attn.q', 'attention.self.query'),
+        ('attn.k', 'attention.self.key'),
+        ('attn.v', 'attention.self.value'),
+        ('attn.cpb_mlp', 'attention.self.continuous_position_bias_mlp'),
+        ('attn.proj', 'attention.output.dense'),
+        ('attn', 'attention.self'),
+        ('mlp.fc1', 'intermediate.dense'),
+        ('mlp.fc2', 'output.dense'),
+    ),
+    wrappers=('swin.', 'model.'),
+    flat_position=True,
+    version=1,
+    mark=r'encoder\.layers\.0\.blocks\.',
+)
+TORCHVISION = Naming(
+    'torchvision',
+    parts=(
+        ('patch_embed.proj', 'features.0.0'),
+        ('patch_embed.norm', 'features.0.2'),
+        ('layers.{i}.blocks', 'features.{2i+1}'),
+        ('layers.{i}.downsample', 'features.{2i+2}'),
+    ),
+    inside=(('mlp.fc1', 'mlp.0'), ('mlp.fc2', 'mlp.3')),
+    qkv_bias=True,
+    mark=r'features\.1\.0\.attn\.',
+    lacks=f'{OUTPUT_NORMS}|absolute_pos_embed',
+    index='flat',
 )
 
-# Keys that files hold and a backbone has no use for: (pattern of our key, why).
+# The first that fits is taken: what carries a mark stands before what it must be told from.
+NAMINGS = (
+    TIMM,
+    OFFICIAL,
+    MMPRETRAIN,
+    replace(
+        MMPRETRAIN,
+        parts=(*MMPRETRAIN.parts, ('layers.{i}.downsample', 'stages.{i+1}.downsample')),
+        version=2,
+        mark=MMDET.mark,
+    ),
+    MMDET,
+    replace(
+        TRANSFORMERS,
+        name='transformers 5 (in memory)',
+        inside=(
+            ('norm1', 'layernorm_before'),
+            ('norm2', 'layernorm_after'),
+            *((f'attn.{ours}', f'attention.{ours}_proj') for ours in 'qkv'),
+            ('attn.proj', 'attention.o_proj'),
+            ('attn', 'attention.relative_position_bias'),
+        ),
+        mark=r'\.attention\.q_proj\.',
+    ),
+    TRANSFORMERS,
+    replace(TRANSFORMERS, wrappers=('swinv2.',), version=2, lacks=OUTPUT_NORMS),
+    TORCHVISION,
+)
+
+# What conversions write, by the name of the target.
+TARGETS: dict[str, tuple[Naming, ...]] = {
+    'official': (OFFICIAL,),
+    'mmdet': (MMDET,),
+    'mmseg': (MMDET,),
+    'mmpretrain': tuple(n for n in NAMINGS if n.name == MMPRETRAIN.name),
+    'timm': (TIMM,),
+    'transformers': tuple(n for n in NAMINGS if n.name == TRANSFORMERS.name),
+    'torchvision': (TORCHVISION,),
+    'swin_mm': (Naming('swin_mm', whole=True, under='state_dict'),),
+}
+
+# What files hold and the model derives from its sizes, by our names.
+REBUILT = r'.*\b(relative_position_index|relative_coords_table|attn_mask|k_bias)'
+
+# What a classifier has and a backbone does not: (pattern of our name, what it is).
+CLASSIFIER = ((r'head\..*', 'classification head'), (r'norm\..*', "classifier's last norm"))
+
+# What no model of any naming needs.
 LEFTOVERS = (
-    (r'.*\b(relative_position_index|relative_coords_table|attn_mask)', 'rebuilt, never loaded'),
-    (r'head\..*', 'classification head'),
-    (r'norm\..*', "classifier's last norm"),
+    (r'(.*\.)?mask_token', 'mask token of pre-training'),
+    (r'(.*\.)?ema_.*', 'moving average beside the weights'),
+)
+
+# Published relatives that are other architectures: (pattern of a key in the file, what it is).
+RELATIVES = (
+    (r'\._moe_layer\.', 'a Swin-MoE, a mixture of experts'),
+    (r'\.spatial_mlp\.', 'a Swin-Mixer (Swin MLP), which has no attention'),
+    (r'\.attn\.meta_mlp\.', "timm's swinv2_cr, whose parts differ from Swin V2's"),
 )

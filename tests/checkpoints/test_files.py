@@ -1,17 +1,25 @@
 """Files are opened without running anything in them, and what cannot be opened is named."""
 
 import http.server
+import io
 import os
+import pickle
+import subprocess
+import sys
 import threading
+from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer
+from safetensors.torch import save_file
 
 import swin_mm  # noqa: F401 (allows mmengine's plain data)
-from swin_mm.checkpoints import CheckpointError, read_checkpoint
+from swin_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
+from swin_mm.checkpoints.files import SUFFIXES
 
 
 class Attack:
@@ -41,7 +49,7 @@ class Lookup:
 
 def test_getattr_serves_log_histories_only(tmp_path):
     torch.save({'state_dict': {'w': torch.rand(2)}, 'extra': Lookup()}, tmp_path / 'lookup.pth')
-    with pytest.raises(CheckpointError, match='lookup.pth cannot be read: it asks for __init__'):
+    with pytest.raises(CheckpointError, match='lookup.pth wants to run code .getattr of __init__'):
         read_checkpoint(tmp_path / 'lookup.pth')
 
 
@@ -57,23 +65,170 @@ def test_training_checkpoints_with_plain_data_load(tmp_path):
     assert loaded['message_hub']['loss'].current() == 2.0
 
 
+class Evil:
+    """Runs something when unpickled by pickle itself."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_plain_pickles_of_arrays_and_tensors_open(tmp_path, protocol):
+    arrays = {'a': np.arange(6.0).reshape(2, 3), 'n': np.float32(2), 'of ints': np.arange(3)}
+    tensors = OrderedDict(t=torch.rand(3, 4), half=torch.rand(2).half(), view=torch.arange(8)[2:6])
+    content = {'model': arrays | tensors, '__author__': 'third_party', 'matching_heuristics': True}
+    (tmp_path / 'd2.pkl').write_bytes(pickle.dumps(content, protocol))
+    loaded = read_checkpoint(tmp_path / 'd2.pkl')
+    assert loaded['matching_heuristics'] is True
+    assert all(np.array_equal(loaded['model'][key], value) for key, value in arrays.items())
+    assert all(torch.equal(loaded['model'][key], value) for key, value in tensors.items())
+
+
+@pytest.mark.parametrize('inner', [False, True], ids=['pickle', 'tensor bytes in a pickle'])
+def test_plain_pickles_that_run_code_are_refused(tmp_path, inner):
+    trace = tmp_path / 'trace'
+    evil: object = Evil(trace)
+    if inner:  # what torch's own `_load_from_bytes` would open without looking
+        buffer = io.BytesIO()
+        torch.save(evil, buffer)
+
+        class Bytes:
+            def __reduce__(self):
+                return torch.storage._load_from_bytes, (buffer.getvalue(),)
+
+        evil = Bytes()
+    (tmp_path / 'evil.pkl').write_bytes(pickle.dumps({'model': evil}))
+    with pytest.raises(CheckpointError, match='evil.pkl wants to run code .*mkdir'):
+        read_checkpoint(tmp_path / 'evil.pkl')
+    assert not trace.exists()
+
+
+def test_older_torch_files_and_safetensors_open(tmp_path):
+    state = {'w': torch.rand(4, 5), 'n': torch.arange(3)}
+    torch.save({'state_dict': state}, tmp_path / 'old.pth', _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / 'new.safetensors')
+    (tmp_path / 'new.safetensors').rename(tmp_path / 'told_by_content.bin')
+    for loaded in (
+        read_checkpoint(tmp_path / 'old.pth')['state_dict'],
+        read_checkpoint(tmp_path / 'told_by_content.bin'),
+    ):
+        assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
-    whole = tmp_path / 'whole.pth'
-    torch.save({'w': torch.rand(1000)}, whole)
-    (tmp_path / 'truncated.pth').write_bytes(whole.read_bytes()[:2000])
-    (tmp_path / 'empty.pth').write_bytes(b'')
-    (tmp_path / 'text.pth').write_text('<html>not found</html>')
-    (tmp_path / 'folder.pth').mkdir()
+    whole, older, tensors, plain = (tmp_path / name for name in ('whole', 'older', 'tensors', 'plain'))
+    state = {'w': torch.rand(1000)}
+    torch.save(state, whole)
+    torch.save(state, older, _use_new_zipfile_serialization=False)
+    save_file(state, tensors)
+    plain.write_bytes(pickle.dumps({'model': {'w': np.ones(1000)}}))
+    for path in (whole, older, tensors, plain):
+        path.with_suffix('.cut').write_bytes(path.read_bytes()[:1500])
+    flipped = bytearray(whole.read_bytes())
+    flipped[2000] ^= 1  # within the numbers
+    (tmp_path / 'flipped').write_bytes(flipped)
+    (tmp_path / 'empty').write_bytes(b'')
+    (tmp_path / 'page').write_text('\n<!DOCTYPE html><title>Not found</title>')
+    (tmp_path / 'pointer').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n')
+    (tmp_path / 'image').write_bytes(b'\x89PNG\r\n\x1a\n' + bytes(50))
+    (tmp_path / 'zeros').write_bytes(bytes(600))
+    (tmp_path / 'folder').mkdir()
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / 'program')
     for name, message in {
-        'missing.pth': 'does not exist',
-        'folder.pth': 'a folder',
-        'truncated.pth': 'cannot be read|damaged',
-        'empty.pth': 'cannot be read|damaged',
-        'text.pth': 'damaged or not a PyTorch file',
+        'missing': 'does not exist',
+        'folder': 'is a folder',
+        'whole.cut': 'is damaged',
+        'older.cut': 'is damaged',
+        'tensors.cut': 'is damaged',
+        'plain.cut': 'is damaged',
+        'flipped': 'is damaged: its part .* checksum',
+        'empty': 'is not a checkpoint: it is empty',
+        'page': 'is not a checkpoint: it is a web page',
+        'pointer': 'is not a checkpoint: .*git lfs pull',
+        'image': 'is not a checkpoint: it begins with',
+        'zeros': 'is not a checkpoint: it begins with',
+        'program': 'is a TorchScript program',
     }.items():
-        with pytest.raises(CheckpointError, match=f'{name} (is )?({message})') as caught:
+        with pytest.raises(CheckpointError, match=f'/{name} {message}') as caught:
             read_checkpoint(tmp_path / name)
         assert '\n' not in str(caught.value)
+
+
+def test_hugging_face_files_are_read_from_the_cache_offline(tmp_path):
+    """In a process of its own: the hub reads its settings when it is imported."""
+    pytest.importorskip('huggingface_hub')
+    repo = tmp_path / 'hub' / 'models--someone--swin'
+    for revision, name, commit in (('main', 'model.safetensors', 'a' * 40), ('v2', 'pytorch_model.bin', 'b' * 40)):
+        folder = repo / 'snapshots' / commit
+        folder.mkdir(parents=True)
+        state = {'w': torch.full((2,), float(ord(commit[0])))}
+        save_file(state, folder / name) if name.endswith('s') else torch.save(state, folder / name)
+        (repo / 'refs').mkdir(exist_ok=True)
+        (repo / 'refs' / revision).write_text(commit)
+    script = """
+import sys
+from swin_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
+from swin_mm.checkpoints.files import SUFFIXES
+for source in sys.argv[1:]:
+    try:
+        print(read_checkpoint(source)['w'][0].item())
+    except CheckpointError as error:
+        print(error)
+"""
+    sources = ['hf://someone/swin', 'hf://someone/swin@v2', 'hf://someone/swin/pytorch_model.bin@v2']
+    sources += ['hf://someone/swin/other.bin', 'hf://nobody/swin', 'hf://swin']
+    environment = os.environ | {'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'}
+    done = subprocess.run(
+        [sys.executable, '-c', script, *sources], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert lines[:3] == ['97.0', '98.0', '98.0']
+    assert [line.partition(' cannot be read: ')[0] for line in lines[3:5]] == [f'checkpoint {s}' for s in sources[3:5]]
+    assert 'expected hf://owner/name' in lines[5]
+
+
+def test_mmengine_backends_are_asked_for_other_schemes(tmp_path, monkeypatch):
+    from mmengine.fileio import LocalBackend, register_backend
+
+    class Store(LocalBackend):
+        def get_local_path(self, path):
+            return super().get_local_path(str(tmp_path / path.removeprefix('teststore://')))
+
+    register_backend('teststore', Store, prefixes='teststore', force=True)
+    torch.save({'w': torch.ones(2)}, tmp_path / 'swin.pth')
+    assert torch.equal(read_checkpoint('teststore://swin.pth')['w'], torch.ones(2))
+    with pytest.raises(CheckpointError, match='nosuch://swin.pth cannot be read'):
+        read_checkpoint('nosuch://swin.pth')
+
+
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f'swin{suffix}'
+    write_checkpoint({'w': torch.ones(3)}, path)
+    assert torch.equal(read_checkpoint(path)['w'], torch.ones(3))
+    with pytest.raises(CheckpointError, match='exists already.*--force'):
+        write_checkpoint({'w': torch.zeros(3)}, path)
+    write_checkpoint({'w': torch.zeros(3)}, path, force=True)
+
+    def fail(content, file, **_):
+        Path(file).write_bytes(b'half')
+        raise OSError('disk full')
+
+    monkeypatch.setattr('torch.save', fail)
+    monkeypatch.setattr('safetensors.torch.save_file', fail)
+    with pytest.raises(OSError, match='disk full'):
+        write_checkpoint({'w': torch.ones(3)}, path, force=True)
+    assert torch.equal(read_checkpoint(path)['w'], torch.zeros(3))
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_unwritable_targets_are_refused(tmp_path):
+    for name, message in {'swin': 'must end in', 'none/swin.pth': 'folder .* does not exist'}.items():
+        with pytest.raises(CheckpointError, match=message):
+            write_checkpoint({}, tmp_path / name)
 
 
 def test_addresses_are_downloaded_once_into_the_hub(tmp_path, monkeypatch):
@@ -89,3 +244,12 @@ def test_addresses_are_downloaded_once_into_the_hub(tmp_path, monkeypatch):
             read_checkpoint(f'{address}/absent.pth')
         server.shutdown()
     assert torch.equal(read_checkpoint(f'{address}/swin.pth')['w'], torch.ones(2))  # from the cache
+
+
+def test_a_damaged_download_says_where_it_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    kept = tmp_path / 'hub' / 'checkpoints' / 'swin.pth'
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b'PK half')
+    with pytest.raises(CheckpointError, match=f'https://site/swin.pth is damaged.*{kept}: delete that'):
+        read_checkpoint('https://site/swin.pth')

@@ -4,10 +4,10 @@ import pytest
 import torch
 from oracles import SMALL, mmdet_twin, randomise
 from torch import Tensor
+from zoo import reference
 
 import swin_mm
-from swin_mm.checkpoints import CheckpointError, adapt
-from swin_mm.checkpoints.loading import unwrap
+from swin_mm.checkpoints import CheckpointError, adapt, unwrap
 
 
 @pytest.fixture(scope='module')
@@ -40,12 +40,12 @@ def test_prefixes_and_namings_are_recognised(model, naming, prefix):
     else:
         theirs, ours = mmdet_twin(**SMALL)
         state, expected = theirs.state_dict(), ours.state_dict()
-    state = {prefix + k: v for k, v in state.items()} | {'head.fc.weight': torch.rand(3)}
+    state = {prefix + k: v for k, v in state.items()} | {'head.weight' if prefix else 'norm.weight': torch.rand(3)}
     ours, report = adapt(state, model)
     assert same(ours, expected)
     assert (report.naming, report.prefix) == (naming, prefix)
-    assert len(report.fitting) == len(expected)
-    assert 'head.fc.weight' in report.dropped
+    assert set(report.loaded) == expected.keys()
+    assert len(report.dropped) == 1
 
 
 def test_classifier_loads_strictly_with_its_leftovers_accounted_for(model):
@@ -53,18 +53,43 @@ def test_classifier_loads_strictly_with_its_leftovers_accounted_for(model):
     other.load_state_dict(classifier(model))
     loaded = other.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in model.state_dict().items() if not k.startswith('norm'))
-    _, report = adapt(classifier(model), model)
-    assert report.kept == [f'norm{i}.{kind}' for i in range(4) for kind in ('weight', 'bias')]
-    reasons = list(report.dropped.values())
-    assert [reasons.count(why) for why in dict.fromkeys(reasons)] == [2, 2, 11]
-    assert '2 x classification head' in str(report)
-    assert 'norm0.weight' in str(report)
+    report = other.load_report
+    assert report.complete and not report.converted
+    assert report.new == [f'norm{i}.{kind}' for i in range(4) for kind in ('weight', 'bias')]
+    assert len(report.loaded) == len(loaded) - 8
+    assert len(report.rebuilt) == 11
+    assert list(report.dropped.items()) == [
+        ('norm.weight', "classifier's last norm"),
+        ('norm.bias', "classifier's last norm"),
+        ('head.weight', 'classification head'),
+        ('head.bias', 'classification head'),
+    ]
+    assert str(report).splitlines() == [
+        'Swin weights, official naming:',
+        '  loaded                              117',
+        '  rebuilt                              11  indices, tables and masks follow from the sizes',
+        "  not needed: classifier's last norm    2",
+        '  not needed: classification head       2',
+        '  new                                   8  output norms, which classifiers lack; they start as new norms',
+    ]
+
+
+def test_a_model_that_ends_like_a_classifier_takes_its_norm(model):
+    state = classifier(model)
+    last = swin_mm.SwinTransformer(**SMALL, out_indices=(3,))
+    last.load_state_dict(state)
+    assert torch.equal(last.norm3.weight, state['norm.weight'])
+    assert not last.load_report.new and not last.load_report.missing
+    # Two stages of it end elsewhere.
+    early = swin_mm.SwinTransformer(**SMALL, out_indices=(1,))
+    early.load_state_dict(state)
+    assert early.load_report.new == ['norm1.weight', 'norm1.bias']
 
 
 def test_output_norms_missing_from_a_detector_are_reported(model):
     state = model.state_dict()
     del state['norm2.weight']
-    with pytest.raises(RuntimeError, match='Missing key.*norm2.weight'):
+    with pytest.raises(RuntimeError, match='norm2.weight is missing'):
         swin_mm.SwinTransformer(**SMALL).load_state_dict(state)
 
 
@@ -76,10 +101,18 @@ def test_parts_that_no_output_reads_are_dropped(model):
     assert dropped == model.state_dict().keys() - partial.state_dict().keys()
 
 
-def test_unknown_keys_of_the_backbone_stay_for_strict_loading(model):
+def test_unknown_keys_of_the_backbone_are_refused(model):
     state = model.state_dict() | {'layers.0.blocks.0.attn.extra': torch.rand(2)}
-    with pytest.raises(RuntimeError, match='Unexpected key.*attn.extra'):
+    with pytest.raises(RuntimeError, match='layers.0.blocks.0.attn.extra is not in the model'):
         swin_mm.SwinTransformer(**SMALL).load_state_dict(state)
+    result = swin_mm.SwinTransformer(**SMALL).load_state_dict(state, strict=False)
+    assert result.unexpected_keys == ['layers.0.blocks.0.attn.extra']
+
+
+def test_half_of_joined_parts_is_not_taken_for_the_whole():
+    state = {k.replace('qkv', 'query'): v for k, v in swin_mm.SwinTransformer(**SMALL).state_dict().items()}
+    with pytest.raises(CheckpointError, match=r'layers.0.blocks.0.attn.qkv.weight is missing'):
+        adapt(state, swin_mm.SwinTransformer(**SMALL))
 
 
 def test_some_of_our_own_keys_load_alone(model):
@@ -99,20 +132,127 @@ def test_files_without_a_state_dict_are_refused(content):
         unwrap(content)
 
 
-def test_other_architectures_are_refused_by_name(model):
+def test_other_architectures_are_refused_with_what_to_do(model):
     with pytest.raises(CheckpointError, match=r'nothing in the checkpoint fits.*patch_embed.proj.weight.*layer1.0'):
         adapt({'layer1.0.conv1.weight': torch.rand(3)}, model)
+    vit = {'patch_embed.proj.weight': torch.rand(32, 3, 16, 16), 'blocks.0.attn.qkv.weight': torch.rand(96, 32)}
+    with pytest.raises(CheckpointError, match='nothing in the checkpoint fits'):
+        adapt(vit, model)
     wide = swin_mm.SwinTransformer(**(SMALL | {'embed_dims': 64})).state_dict()
     with pytest.raises(
-        CheckpointError, match=r'patch_embed.proj.weight is \(64, 3, 4, 4\).*needs \(32, 3, 4, 4\).*more'
+        CheckpointError,
+        match=r'of a Swin V1 with embed_dims=64.*model is a Swin V1 with embed_dims=32.*'
+        r'patch_embed.proj.weight is \(64, 3, 4, 4\), the model has \(32, 3, 4, 4\).*more\).*its embed_dims',
     ):
         adapt(wide, model)
 
 
-def test_resized_tables_are_told_and_rectangles_are_resized_to(model):
-    other = swin_mm.SwinTransformer(**SMALL, window_size=(5, 9))
-    ours, report = adapt(model.state_dict(), other)
-    key = 'layers.0.blocks.0.attn.relative_position_bias_table'
-    assert report.resized[key] == '(169, 1) -> (153, 1)'
-    expected = torch.nn.functional.interpolate(model.state_dict()[key].view(1, 1, 13, 13), size=(9, 17), mode='bicubic')
-    assert torch.equal(ours[key], expected.view(153, 1))
+def test_published_sizes_are_told_apart():
+    with torch.device('meta'):
+        small, large = swin_mm.SwinTransformer(arch='t'), swin_mm.SwinTransformer(arch='s')
+        second = swin_mm.SwinTransformerV2(arch='t')
+    # Every tensor of a Swin-T fits a Swin-S and the other way round: what is left over tells.
+    with pytest.raises(CheckpointError, match=r"is of a Swin-S V1, the model is a Swin-T V1: .*blocks.6.*arch='s'"):
+        adapt(large.state_dict(), small)
+    with pytest.raises(CheckpointError, match=r"is of a Swin-T V1, the model is a Swin-S V1: .*blocks.6.*arch='t'"):
+        adapt(small.state_dict(), large)
+    with pytest.raises(CheckpointError, match=r"is of a Swin-T V2.*a Swin-T V1: .*SwinTransformerV2' and arch='t'"):
+        adapt(second.state_dict(), small)
+
+
+def test_nothing_is_dropped_silently_without_strictness(model):
+    state = model.state_dict()
+    missing = state.pop('layers.1.blocks.0.mlp.fc1.bias')
+    state['layers.1.blocks.0.mlp.fc2.bias'] = torch.rand(3)
+    with pytest.raises(CheckpointError, match=r'fc2.bias is \(3,\), the model has \(64,\); .*fc1.bias is missing'):
+        adapt(state, model)
+    other = swin_mm.SwinTransformer(**SMALL)
+    kept = other.state_dict()['layers.1.blocks.0.mlp.fc2.bias'].clone()
+    result = other.load_state_dict(state, strict=False)
+    assert set(result.missing_keys) == {f'layers.1.blocks.0.mlp.fc{i}.bias' for i in (1, 2)}
+    report = other.load_report
+    assert report.missing == ['layers.1.blocks.0.mlp.fc1.bias']
+    assert report.wrong_shape == {'layers.1.blocks.0.mlp.fc2.bias': 'is (3,), the model has (64,)'}
+    assert not report.complete and 'MISSING' in str(report) and 'WRONG SHAPE' in str(report)
+    assert torch.equal(other.layers[1].blocks[0].mlp.fc2.bias, kept)
+    assert torch.equal(other.layers[1].blocks[1].mlp.fc1.bias, model.layers[1].blocks[1].mlp.fc1.bias)
+    assert len(missing)
+
+
+TABLE = 'layers.0.blocks.0.attn.relative_position_bias_table'
+
+
+@pytest.mark.parametrize('window', [(5, 9), (12, 12)])
+def test_tables_are_resized_bicubically_to_any_window(model, window):
+    ours, report = adapt(model.state_dict(), swin_mm.SwinTransformer(**SMALL, window_size=window))
+    size = (2 * window[0] - 1, 2 * window[1] - 1)
+    assert report.resized[TABLE] == f'(169, 1) -> ({size[0] * size[1]}, 1)'
+    table = model.state_dict()[TABLE].view(1, 1, 13, 13)
+    expected = torch.nn.functional.interpolate(table, size=size, mode='bicubic')
+    assert torch.equal(ours[TABLE], expected.view(-1, 1))
+
+
+def test_tables_of_rectangles_fit_their_own_window_only():
+    wide = randomise(swin_mm.SwinTransformer(**SMALL, window_size=(5, 9)))
+    same_window = swin_mm.SwinTransformer(**SMALL, window_size=(5, 9))
+    same_window.load_state_dict(wide.state_dict())
+    assert torch.equal(same_window.state_dict()[TABLE], wide.state_dict()[TABLE])
+    with pytest.raises(CheckpointError, match=r'table is \(153, 1\), the model has \(169, 1\)'):
+        adapt(wide.state_dict(), swin_mm.SwinTransformer(**SMALL))
+
+
+def test_position_embeddings_are_resized(model):
+    options = SMALL | {'use_abs_pos_embed': True}
+    old = randomise(swin_mm.SwinTransformer(**options, pretrain_img_size=64))
+    ours, report = adapt(old.state_dict(), swin_mm.SwinTransformer(**options, pretrain_img_size=(96, 128)))
+    assert report.resized == {'absolute_pos_embed': '(1, 32, 16, 16) -> (1, 32, 24, 32)'}
+    expected = torch.nn.functional.interpolate(old.absolute_pos_embed, size=(24, 32), mode='bicubic')
+    assert torch.equal(ours['absolute_pos_embed'], expected)
+    # A file with the tokens in a row, as classifiers have it.
+    state = old.state_dict() | {'absolute_pos_embed': old.absolute_pos_embed.detach().flatten(2).transpose(1, 2)}
+    ours, report = adapt(state, old)
+    assert torch.equal(ours['absolute_pos_embed'], old.absolute_pos_embed)
+    assert not report.resized
+
+
+def embedded(model: torch.nn.Module, image: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.patch_embed.proj(image)
+
+
+def test_patches_of_other_channels_see_grey_images_alike(model):
+    grey = torch.rand(2, 1, 16, 16)
+    expected = embedded(model, grey.expand(-1, 3, -1, -1))
+    for channels in (1, 3, 6):
+        other = swin_mm.SwinTransformer(**SMALL, in_channels=channels)
+        other.load_state_dict(model.state_dict())
+        torch.testing.assert_close(embedded(other, grey.expand(-1, channels, -1, -1)), expected)
+        assert ('patch_embed.proj.weight' in other.load_report.resized) == (channels != 3)
+    other = swin_mm.SwinTransformer(**SMALL, in_channels=4)
+    other.load_state_dict(model.state_dict())
+    weight = model.patch_embed.proj.weight
+    assert torch.equal(other.patch_embed.proj.weight, torch.cat([weight, weight[:, :1]], 1) * 0.75)
+
+
+def test_larger_patches_embed_enlarged_patches_alike(model):
+    image = torch.rand(2, 3, 4, 4)
+    other = swin_mm.SwinTransformer(**SMALL, patch_size=8, strides=(8, 2, 2, 2))
+    other.load_state_dict(model.state_dict())
+    enlarged = torch.nn.functional.interpolate(image, size=(8, 8), mode='bicubic')
+    torch.testing.assert_close(embedded(other, enlarged), embedded(model, image), rtol=1e-4, atol=1e-4)
+    smaller = swin_mm.SwinTransformer(**SMALL, patch_size=2, strides=(2, 2, 2, 2))
+    smaller.load_state_dict(model.state_dict())
+    even = torch.ones(1, 3, 4, 4)
+    torch.testing.assert_close(embedded(smaller, even[..., :2, :2]), embedded(model, even), rtol=0.1, atol=0.1)
+
+
+def test_v2_windows_that_differ_from_the_weights_are_pointed_out():
+    theirs = reference('official', 2, 't', 8, 256)
+    other = swin_mm.SwinTransformerV2(arch='t', window_size=16)
+    other.load_state_dict(theirs.state)
+    (note,) = other.load_report.notes
+    assert 'by windows (8, 8, 8, 8), this model by ((16, 16),' in note
+    assert 'set pretrained_window_sizes=(8, 8, 8, 8)' in note
+    told = swin_mm.SwinTransformerV2(arch='t', window_size=16, pretrained_window_sizes=(8, 8, 8, 8))
+    told.load_state_dict(theirs.state)
+    assert not told.load_report.notes

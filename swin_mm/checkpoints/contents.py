@@ -1,0 +1,371 @@
+"""What a checkpoint holds of a Swin Transformer: recognised, in our names and layout, and back in any naming.
+
+H, W rows and columns of the map, C channels, w side of a window, N = w * w its tokens, h heads.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from swin_mm.checkpoints.files import CheckpointError
+from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, TARGETS, Naming
+from swin_mm.swin import ARCHS
+from swin_mm.windows import log_spaced_offsets, relative_index
+
+WRAPPERS = ('state_dict', 'model', 'module', 'state_dict_ema', 'model_ema')
+
+
+def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
+    """The state dict inside a checkpoint: itself, or what stands under ``state_dict``, ``model`` and the like.
+
+    Args:
+        checkpoint: what a file holds; arrays become tensors.
+        prefix: take only what stands under this, and take it off.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
+            checkpoint = checkpoint[wrapper]
+    state = checkpoint if isinstance(checkpoint, Mapping) else {}
+    state = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in state.items()}
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f'the file holds no state dict: expected tensors by name, bare or under {", ".join(WRAPPERS)}'
+        )
+    if not prefix:
+        return state
+    prefix = prefix.rstrip('.') + '.'
+    found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if not found:
+        begin = ', '.join(sorted({key.partition('.')[0] for key in state}))
+        raise CheckpointError(f'nothing in the file stands under {prefix!r}; its keys begin with {begin}')
+    return found
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The sizes that a state dict in our names has.
+
+    Args:
+        version: 1 or 2.
+        in_channels: of the image.
+        patch: side of a patch.
+        embed_dims: C of the first stage.
+        depths: blocks per stage.
+        num_heads: h per stage.
+        windows: side of the window per stage; 0 where the state does not tell.
+    """
+
+    version: int
+    in_channels: int
+    patch: int
+    embed_dims: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    windows: tuple[int, ...]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> 'Variant':
+        """Read the sizes off a state dict in our names."""
+        blocks = [m for m in (re.match(r'layers\.(\d+)\.blocks\.(\d+)\.', key) for key in state) if m]
+        stages = range(max(int(m[1]) for m in blocks) + 1)
+        version = _version(state)
+        heads, windows = [], []
+        for i in stages:
+            attn = f'layers.{i}.blocks.0.attn.'
+            table = state.get(attn + 'relative_position_bias_table')
+            scale = state.get(attn + 'logit_scale')
+            heads.append(len(scale) if scale is not None else table.shape[1] if table is not None else 0)
+            windows.append(_side(len(table)) // 2 + 1 if table is not None else 0)
+        out, channels, patch = state['patch_embed.proj.weight'].shape[:3]
+        depths = tuple(1 + max((int(m[2]) for m in blocks if int(m[1]) == i), default=-1) for i in stages)
+        return cls(version, channels, patch, out, depths, tuple(heads), tuple(windows))
+
+    def sizes(self, stages: int) -> tuple[Any, ...]:
+        """What must agree between two models of as many stages."""
+        return self.embed_dims, self.depths[:stages], self.num_heads[:stages]
+
+    @property
+    def arch(self) -> str | None:
+        """The published size that this is, by its name in ARCHS."""
+        sizes = {'embed_dims': self.embed_dims, 'depths': self.depths, 'num_heads': self.num_heads}
+        return next((arch for arch, published in ARCHS.items() if published == sizes), None)
+
+    def __str__(self) -> str:
+        if self.arch:
+            return f'Swin-{self.arch.upper()} V{self.version}'
+        sizes = f'embed_dims={self.embed_dims}, depths={self.depths}, num_heads={self.num_heads}'
+        return f'Swin V{self.version} with {sizes}'
+
+
+@dataclass
+class Contents:
+    """A state dict of any known naming, taken apart.
+
+    Args:
+        naming: the key naming found.
+        prefix: what stands before the backbone's keys.
+        state: the backbone's parameters, and a classifier's last norm and head, in our names and layout.
+        sources: our key -> the file's.
+        rebuilt: the file's tensors that follow from the sizes, by our names.
+        others: what the file holds beside the backbone, by its names.
+    """
+
+    naming: Naming
+    prefix: str
+    state: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+    rebuilt: dict[str, Any] = field(default_factory=dict)
+    others: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def variant(self) -> Variant:
+        """The sizes of the backbone."""
+        return Variant.of(self.state)
+
+    def windows(self) -> list[tuple[int, int] | None]:
+        """Per stage the window and the one of pre-training that normalises V2's offsets; None where nothing tells."""
+        found: list[tuple[int, int] | None] = []
+        for i, window in enumerate(self.variant.windows):
+            table = self.rebuilt.get(f'layers.{i}.blocks.0.attn.relative_coords_table')
+            index = self.rebuilt.get(f'layers.{i}.blocks.0.attn.relative_position_index')
+            if window:
+                found.append((window, window))
+            elif table is not None and table.shape[1] > 1:
+                # The outermost offset, w - 1 over that of pre-training, is log-spaced: undo that.
+                w = table.shape[1] // 2 + 1
+                ratio = (8 ** table.max().item() - 1) / 8
+                found.append((w, round((w - 1) / ratio) + 1))
+            elif index is not None:
+                w = _side(_side(index.numel()))
+                found.append((w, w))
+            else:
+                found.append(None)
+        return found
+
+
+def parse(state: Mapping[str, Any]) -> Contents:
+    """Recognise the naming of a state dict and translate it.
+
+    Raises:
+        CheckpointError: it is of no Swin Transformer, or of several.
+    """
+    naming, prefix = _recognise(state)
+    wrapper = next((w for w in naming.wrappers if w and prefix.endswith(w)), '')
+    root = prefix.removesuffix(wrapper)
+    contents = Contents(naming, prefix)
+    for key, value in state.items():
+        ours = naming.ours('/' + key.removeprefix(root)) if key.startswith(root) else '/'
+        if ours.startswith('/') and key.startswith(prefix):
+            ours = naming.ours(key.removeprefix(prefix))
+        if ours.startswith('/') or not isinstance(value, Tensor):
+            contents.others[key] = value
+        elif re.fullmatch(REBUILT, ours):
+            contents.rebuilt[ours] = value
+        else:
+            contents.state[ours] = value
+            contents.sources[ours] = key
+    if contents.state['patch_embed.proj.weight'].ndim == 5:
+        raise CheckpointError('the checkpoint is of a Video Swin Transformer; this backbone takes images')
+    _to_our_layout(contents)
+    return contents
+
+
+def _version(names: Mapping[str, Any]) -> int:
+    return 2 if any(name.endswith('.logit_scale') for name in names) else 1
+
+
+def _recognise(state: Mapping[str, Any]) -> tuple[Naming, str]:
+    """The naming of a state dict and the prefix of the backbone's keys in it."""
+    version = _version(state)
+    namings = [
+        naming
+        for naming in NAMINGS
+        if naming.version in (None, version)
+        and any(re.search(naming.mark, key) for key in state)
+        and not any(re.search(naming.unlike, key) for key in state)
+    ]
+    found = [
+        (key.removesuffix(naming.anchor), naming)
+        for naming in namings
+        for key in state
+        # 'ema_' is a prefix too
+        if key == naming.anchor or key.endswith(('.' + naming.anchor, '_' + naming.anchor))
+    ]
+    for pattern, what in RELATIVES:
+        if any(re.search(pattern, key) for key in state):
+            raise CheckpointError(f'the checkpoint is of {what}; this backbone does not implement it')
+    if not found:
+        some = ', '.join(list(state)[:3]) or 'none'
+        anchors = ' or '.join(dict.fromkeys(naming.anchor for naming in NAMINGS))
+        raise CheckpointError(
+            f'nothing in the checkpoint fits a Swin Transformer backbone: expected keys such as {anchors}, found {some}'
+        )
+    shortest = min(len(prefix) for prefix, _ in found)
+    prefixes = dict.fromkeys(prefix for prefix, _ in found if len(prefix) == shortest)
+    if len(prefixes) > 1:
+        raise CheckpointError(
+            f'the checkpoint holds several backbones, {" and ".join(prefixes)}: say which with init_cfg prefix=...'
+        )
+    return next((naming, prefix) for prefix, naming in found if prefix in prefixes)
+
+
+def _to_our_layout(contents: Contents) -> None:
+    """Join q, k and v, put the channels of merging in the official order, and so on."""
+    state, sources = contents.state, contents.sources
+    version = _version(state)
+
+    def put(new: str, value: Tensor, *old: str) -> None:
+        sources[new] = sources[old[0]]
+        for name in {*old} - {new}:
+            del state[name], sources[name]
+        state[new] = value
+
+    for key in list(state):
+        attn, _, kind = key.rpartition('.attn.')
+        attn += '.attn.'
+        if kind in ('q.weight', 'q.bias'):
+            parts = [f'{attn}{part}.{kind.removeprefix("q.")}' for part in 'qkv']
+            if all(part in state for part in parts):
+                put(attn + kind.replace('q.', 'qkv.'), torch.cat([state[part] for part in parts]), *parts)
+        if version == 2 and kind in ('q.bias', 'v.bias'):
+            put(attn + kind.replace('.', '_'), state[key], key)
+        if version == 2 and kind == 'qkv.bias':
+            q, _, v = state[key].chunk(3)  # cosine attention has no use for the keys' part
+            sources[attn + 'v_bias'] = sources[key]
+            state[attn + 'v_bias'] = v
+            put(attn + 'q_bias', q, key)
+        if contents.naming.unfold and _is_merged(key, version):
+            # (..., C * row * column) -> (..., column * row * C)
+            state[key] = state[key].unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+    position = state.get('absolute_pos_embed')
+    if position is not None and position.ndim == 3:  # (1, H * W, C) -> (1, C, H, W)
+        side = _side(position.shape[1])
+        if side**2 == position.shape[1]:
+            state['absolute_pos_embed'] = position.transpose(1, 2).unflatten(2, (side, side))
+    norms = [key for key in state if re.fullmatch(OUTPUT_NORMS, key)]
+    last = f'norm{len(contents.variant.depths) - 1}.'
+    if last != 'norm0.' and norms and all(key.startswith(last) for key in norms):
+        for key in norms:  # a classifier's
+            put(key.replace(last, 'norm.'), state[key], key)
+
+
+def _is_merged(key: str, version: int) -> bool:
+    """Whether a parameter's last axis is the 4C channels of patch merging; V2 norms after the reduction."""
+    return bool(re.search(r'\.downsample\.(reduction|norm)' if version == 1 else r'\.downsample\.reduction', key))
+
+
+def _side(area: int) -> int:
+    return math.isqrt(area)
+
+
+def convert(
+    contents: Contents, target: str, windows: Sequence[int] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Name and lay out a backbone as ``target`` does, exactly: values are moved, never computed.
+
+    What follows from the sizes alone (position indices, coordinate tables) is added where the target's strict loading
+    expects it.
+
+    Args:
+        contents: what :func:`parse` found.
+        target: a name in TARGETS.
+        windows: per stage, for V2 weights of a naming that does not tell.
+
+    Returns:
+        The checkpoint, and what of the file has no place in it: the file's key -> why.
+
+    Raises:
+        CheckpointError: the target has no such Swin.
+    """
+    variant = contents.variant
+    naming = next((n for n in TARGETS[target] if n.version in (None, variant.version)), None)
+    if naming is None:
+        raise CheckpointError(f'{target} has no Swin V{variant.version}')
+    state, dropped = {}, {}
+    for key, value in contents.state.items():
+        why = meaning(key, LEFTOVERS)
+        if re.fullmatch(naming.lacks, key):
+            if 'norm' not in key:
+                raise CheckpointError(f'{target} has no {key}, which {contents.sources[key]} would become')
+            why = f'{target} has no output norms'
+        if why:
+            dropped[contents.sources[key]] = why
+        else:
+            state[key] = value
+    state |= _derived(naming, contents, windows)
+    state = _to_their_layout(state, naming, variant)
+
+    whole = naming.whole and contents.naming.whole and contents.prefix.endswith('backbone.')
+    root = contents.prefix if whole else ''
+    bare = 'head.weight' not in contents.state and naming.name == 'transformers'
+    wrapper = '' if bare else naming.wrappers[0]
+    result = {}
+    for key, value in state.items():
+        theirs = naming.theirs(key)
+        theirs = root + (theirs[1:] if theirs.startswith('/') else wrapper + theirs)
+        result[theirs] = value.contiguous().clone()  # parts of a larger tensor would be saved with all of it
+    if whole:
+        result |= contents.others
+    else:
+        dropped |= dict.fromkeys(contents.others, 'other part of the model')
+    return {naming.under: result} if naming.under else result, dropped
+
+
+def meaning(name: str, table: Sequence[tuple[str, str]]) -> str | None:
+    """What a table of patterns says of a name."""
+    return next((what for pattern, what in table if re.fullmatch(pattern, name)), None)
+
+
+def _derived(naming: Naming, contents: Contents, windows: Sequence[int] | None) -> dict[str, Tensor]:
+    """The buffers that the naming's library expects, by our names."""
+    if not naming.index:
+        return {}
+    sizes = [(w, w) for w in windows] if windows else contents.windows()
+    variant, found = contents.variant, {}
+    for i, size in enumerate(sizes):
+        if size is None:
+            continue
+        window, pretrained = ((w, w) for w in size)
+        index = relative_index(window, window, torch.device('cpu'))
+        for j in range(variant.depths[i]):
+            attn = f'layers.{i}.blocks.{j}.attn.'
+            found[attn + 'relative_position_index'] = index.flatten() if naming.index == 'flat' else index
+            if variant.version == 2:
+                found[attn + 'relative_coords_table'] = log_spaced_offsets(window, pretrained)[None]
+    return found
+
+
+def _to_their_layout(state: Mapping[str, Tensor], naming: Naming, variant: Variant) -> dict[str, Tensor]:
+    """The inverse of :func:`_to_our_layout`."""
+    split = any(ours == 'attn.q' for ours, _ in naming.inside)
+    last = f'norm{len(variant.depths) - 1}'
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        attn, _, kind = key.rpartition('.attn.')
+        attn += '.attn.'
+        if split and kind in ('qkv.weight', 'qkv.bias'):
+            result |= {attn + kind.replace('qkv', p): v for p, v in zip('qkv', value.chunk(3), strict=True)}
+        elif split and kind in ('q_bias', 'v_bias'):
+            result[attn + kind.replace('_', '.')] = value
+        elif naming.qkv_bias and kind == 'q_bias':
+            result[attn + 'qkv.bias'] = torch.cat([value, torch.zeros_like(value), state[attn + 'v_bias']])
+        elif naming.qkv_bias and kind == 'v_bias':
+            pass
+        elif naming.unfold and _is_merged(key, variant.version):
+            result[key] = value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
+        elif naming.flat_position and key == 'absolute_pos_embed':
+            result[key] = value.flatten(2).transpose(1, 2)
+        elif naming.last_norm and key.startswith('norm.'):
+            result[key.replace('norm.', f'{last}.')] = value
+        else:
+            result[key] = value
+    return result
