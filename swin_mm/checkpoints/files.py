@@ -6,7 +6,8 @@ import os
 import pickle
 import re
 import zipfile
-from collections import OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,9 +32,17 @@ def _numpy_globals() -> list[Any]:
     return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in '?bhilqBHILQefd'}, *named]
 
 
+# Classes of settings that official training scripts save along: dicts, of which none of the code is run.
+_SETTINGS = ('yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'detectron2.config.config.CfgNode')
+
 # Globals that files may name, in the terms of torch.serialization.safe_globals: plain data that training checkpoints
 # hold beside tensors. Other modules add what they know of.
-ALLOWED: list[Any] = _numpy_globals()
+ALLOWED: list[Any] = [
+    *_numpy_globals(),
+    *((OrderedDict, name) for name in _SETTINGS),
+    Namespace,
+    Counter,
+]
 
 
 def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
@@ -143,7 +152,8 @@ def _read(path: Path, map_location: Any) -> Any:
     except Exception as error:
         code = re.search(r'GLOBAL (\S+)', str(error))
         if code is None:
-            raise CheckpointError(f'is damaged, or not a checkpoint: {_first_line(error)}') from error
+            detail = str(error).partition('WeightsUnpickler error:')[2].strip() or str(error)
+            raise CheckpointError(f'is damaged, or not a checkpoint: {_first_line(detail, error)}') from error
         raise wants_to_run(code[1]) from error
     raise CheckpointError(f'is not a checkpoint: {_what_else(head)}; expected PyTorch, safetensors or pickle')
 
@@ -223,8 +233,8 @@ def _latin1_bytes(text: str, encoding: str) -> bytes:
     return text.encode('latin1')
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [''])[0] or type(error).__name__
+def _first_line(text: Any, error: BaseException | None = None) -> str:
+    return (str(text).splitlines() or [''])[0] or type(error or text).__name__
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str], force: bool = False) -> None:

@@ -7,7 +7,9 @@ import pickle
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
+import types
+from argparse import Namespace
+from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +65,33 @@ def test_training_checkpoints_with_plain_data_load(tmp_path):
     loaded = read_checkpoint(tmp_path / 'epoch_3.pth')
     assert torch.equal(loaded['state_dict']['w'], content['state_dict']['w'])
     assert loaded['message_hub']['loss'].current() == 2.0
+
+
+@pytest.mark.parametrize('form', ['zip', 'older', 'pickle'])
+def test_settings_that_official_scripts_save_along_are_read_without_their_classes(tmp_path, form, monkeypatch):
+    module = types.ModuleType('yacs.config')
+
+    class CfgNode(dict):
+        """As in yacs: a dict with attributes of its own."""
+
+        def __init__(self, **options) -> None:
+            super().__init__(options)
+            self.__dict__['__immutable__'] = True
+
+    CfgNode.__module__, CfgNode.__qualname__, module.CfgNode = 'yacs.config', 'CfgNode', CfgNode
+    config = CfgNode(MODEL=CfgNode(TYPE='swin', SWIN=CfgNode(DEPTHS=[2, 2, 6, 2])))
+    content = {'model': {'w': torch.ones(2)}, 'config': config, 'args': Namespace(lr=0.1), 'steps': Counter([8, 11])}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
+        patch.setitem(sys.modules, 'yacs.config', module)
+        if form == 'pickle':
+            (tmp_path / 'swin.pth').write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, tmp_path / 'swin.pth', _use_new_zipfile_serialization=form == 'zip')
+    loaded = read_checkpoint(tmp_path / 'swin.pth')
+    assert torch.equal(loaded['model']['w'], torch.ones(2))
+    assert loaded['config']['MODEL']['SWIN']['DEPTHS'] == [2, 2, 6, 2]
+    assert (loaded['args'].lr, loaded['steps'][11]) == (0.1, 1)
 
 
 class Evil:

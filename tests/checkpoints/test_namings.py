@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from oracles import relative_error
+from oracles import SMALL, randomise, relative_error
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from zoo import NoRandomStart, Reference, reference
 
@@ -109,3 +110,56 @@ def test_wrong_conversions_would_be_seen(published, corrupt):
     other = Reference(**vars(theirs) | {'state': corrupt(theirs.state)})
     assert other.state.keys() == theirs.state.keys()
     assert differ(ours(other, version, 't', window), other, size) > 1e-3
+
+
+def test_mmpretrain_files_of_old_versions_load():
+    """They named the last norm as classifiers do and stored the masks."""
+    theirs = reference('mmpretrain', 1, 't', 7, 224)
+    state = {k.replace('backbone.norm3.', 'backbone.norm.'): v for k, v in theirs.state.items()}
+    state['backbone.stages.0.blocks.1.attn.attn_mask'] = torch.zeros(64, 49, 49)
+    model = ours(Reference(**vars(theirs) | {'state': state}), 1, 't', 7)
+    assert model.load_report.dropped['backbone.norm.weight'] == "classifier's last norm"
+    assert differ(model, theirs, 224) < 1e-5
+
+
+@pytest.mark.parametrize('kind', ['upernet', 'upernet in memory', 'maskformer', 'masked images', 'version 4'])
+def test_models_of_transformers_that_hold_a_swin_load(kind, tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = {'embed_dim': 32, 'depths': [2, 2, 2, 2], 'num_heads': [1, 2, 4, 8], 'drop_path_rate': 0.0}
+    stages = {'out_features': [f'stage{i}' for i in range(1, 5)]}
+    config = transformers.SwinConfig(**sizes, **stages, layer_norm_eps=1e-5)
+    if kind.startswith('upernet'):
+        config = transformers.UperNetConfig(backbone_config=config, hidden_size=16, auxiliary_in_channels=128)
+        model = transformers.UperNetForSemanticSegmentation(config)
+        swin, prefix = model.backbone, 'backbone.swin.' if 'memory' in kind else 'backbone.'
+    elif kind == 'maskformer':
+        config = transformers.MaskFormerSwinConfig(**sizes, **stages, layer_norm_eps=1e-5)
+        model = transformers.MaskFormerSwinBackbone(config)
+        swin, prefix = model, 'model.'
+    else:
+        cls = transformers.SwinForMaskedImageModeling if kind == 'masked images' else transformers.SwinModel
+        model = cls(config, use_mask_token=True) if kind == 'version 4' else cls(config)
+        swin, prefix = None, '' if kind == 'version 4' else 'swin.'
+    randomise(model).eval()
+    if 'memory' in kind:
+        state = model.state_dict()
+    else:
+        model.save_pretrained(tmp_path)
+        state = load_file(tmp_path / 'model.safetensors')
+    if kind == 'version 4':  # its files stored this
+        state['encoder.layers.0.blocks.0.attention.self.relative_position_index'] = torch.zeros(49, 49).long()
+    mine = swin_mm.SwinTransformer(**SMALL)
+    mine.load_state_dict(state)
+    report = mine.load_report
+    assert report.complete and report.naming.startswith('transformers') and report.prefix == prefix
+    assert bool(report.new) == (swin is None)  # only those with a backbone's norms bring them
+    image = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        if swin is not None:
+            assert relative_error(mine.eval()(image), swin(image).feature_maps) < 1e-5
+        else:  # the last two stages are normed or shifted otherwise
+            body = getattr(model, 'swin', model)
+            states = body(image, output_hidden_states=True).reshaped_hidden_states
+            mine.norm0 = mine.norm1 = nn.Identity()
+            merged = mine.layers[0].downsample(mine.eval()(image)[0].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            assert relative_error([merged], [states[1]]) < 1e-5
