@@ -48,7 +48,7 @@ def test_wheel_requires_the_maintained_distributions_only(wheel):
     (metadata,) = (name for name in wheel.namelist() if name.endswith('METADATA'))
     lines = wheel.read(metadata).decode().splitlines()
     required = [line.split(': ')[1] for line in lines if line.startswith('Requires-Dist') and 'extra ==' not in line]
-    assert sorted(name.split('<')[0].split('>')[0] for name in required) == ['onedl-mmengine', 'torch']
+    assert sorted(name.split('<')[0].split('>')[0] for name in required) == ['onedl-mmengine', 'safetensors', 'torch']
     assert {'det', 'seg', 'all', 'dev'} == {line.split(': ')[1] for line in lines if line.startswith('Provides-Extra')}
 
 

@@ -31,11 +31,14 @@ def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    for wrapper in WRAPPERS:
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(wrapper), Mapping):
-            checkpoint = checkpoint[wrapper]
     state = checkpoint if isinstance(checkpoint, Mapping) else {}
-    state = {key: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for key, v in state.items()}
+    while inner := next((state[w] for w in WRAPPERS if isinstance(state.get(w), Mapping)), None):
+        state = inner
+    state = {
+        key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        for key, value in state.items()
+        if isinstance(key, str)
+    }
     if not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
             f'the file holds no state dict: expected tensors by name, bare or under {", ".join(WRAPPERS)}'
@@ -84,7 +87,8 @@ class Variant:
             table = state.get(attn + 'relative_position_bias_table')
             scale = state.get(attn + 'logit_scale')
             heads.append(len(scale) if scale is not None else table.shape[1] if table is not None else 0)
-            windows.append(_side(len(table)) // 2 + 1 if table is not None else 0)
+            side = 0 if table is None else math.isqrt(len(table))
+            windows.append(side // 2 + 1 if table is not None and side**2 == len(table) else 0)
         out, channels, patch = state['patch_embed.proj.weight'].shape[:3]
         depths = tuple(1 + max((int(m[2]) for m in blocks if int(m[1]) == i), default=-1) for i in stages)
         return cls(version, channels, patch, out, depths, tuple(heads), tuple(windows))
@@ -145,7 +149,7 @@ class Contents:
                 ratio = (8 ** table.max().item() - 1) / 8
                 found.append((w, round((w - 1) / ratio) + 1))
             elif index is not None:
-                w = _side(_side(index.numel()))
+                w = math.isqrt(math.isqrt(index.numel()))
                 found.append((w, w))
             else:
                 found.append(None)
@@ -248,7 +252,7 @@ def _to_our_layout(contents: Contents) -> None:
             state[key] = state[key].unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
     position = state.get('absolute_pos_embed')
     if position is not None and position.ndim == 3:  # (1, H * W, C) -> (1, C, H, W)
-        side = _side(position.shape[1])
+        side = math.isqrt(position.shape[1])
         if side**2 == position.shape[1]:
             state['absolute_pos_embed'] = position.transpose(1, 2).unflatten(2, (side, side))
     norms = [key for key in state if re.fullmatch(OUTPUT_NORMS, key)]
@@ -261,10 +265,6 @@ def _to_our_layout(contents: Contents) -> None:
 def _is_merged(key: str, version: int) -> bool:
     """Whether a parameter's last axis is the 4C channels of patch merging; V2 norms after the reduction."""
     return bool(re.search(r'\.downsample\.(reduction|norm)' if version == 1 else r'\.downsample\.reduction', key))
-
-
-def _side(area: int) -> int:
-    return math.isqrt(area)
 
 
 def convert(
@@ -306,13 +306,15 @@ def convert(
 
     whole = naming.whole and contents.naming.whole and contents.prefix.endswith('backbone.')
     root = contents.prefix if whole else ''
-    bare = 'head.weight' not in contents.state and naming.name == 'transformers'
+    # transformers wraps the backbone in its classifiers, not in its backbone classes.
+    bare = naming.name == 'transformers' and 'head.weight' not in contents.state
     wrapper = '' if bare else naming.wrappers[0]
     result = {}
     for key, value in state.items():
         theirs = naming.theirs(key)
         theirs = root + (theirs[1:] if theirs.startswith('/') else wrapper + theirs)
-        result[theirs] = value.contiguous().clone()  # parts of a larger tensor would be saved with all of it
+        # A part of a larger tensor would be saved with all of it.
+        result[theirs] = value.clone(memory_format=torch.contiguous_format)
     if whole:
         result |= contents.others
     else:
@@ -329,12 +331,11 @@ def _derived(naming: Naming, contents: Contents, windows: Sequence[int] | None) 
     """The buffers that the naming's library expects, by our names."""
     if not naming.index:
         return {}
-    sizes = [(w, w) for w in windows] if windows else contents.windows()
     variant, found = contents.variant, {}
-    for i, size in enumerate(sizes):
-        if size is None:
+    for i, told in enumerate(contents.windows()):
+        if not (told or windows):
             continue
-        window, pretrained = ((w, w) for w in size)
+        window, pretrained = ((w, w) for w in told or (windows[i], windows[i]))
         index = relative_index(window, window, torch.device('cpu'))
         for j in range(variant.depths[i]):
             attn = f'layers.{i}.blocks.{j}.attn.'

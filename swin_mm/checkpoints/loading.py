@@ -183,13 +183,16 @@ def _notes(contents: Contents, model: SwinPyramid) -> list[str]:
     attentions = [stage.blocks[0].attn for stage in model.layers]
     if not isinstance(attentions[0], WindowAttentionV2) or 'patch_embed.proj.weight' not in contents.state:
         return []
-    found = [size and size[1] for size in contents.windows()[: len(attentions)]]
+    told = contents.windows()[: len(attentions)]
+    if None in told:
+        return []
+    found = [(whole, whole) for _, whole in told]
     used = [tuple(p or w for p, w in zip(a.pretrained_window, a.window, strict=True)) for a in attentions]
-    if all(whole is None or (whole, whole) == mine for whole, mine in zip(found, used, strict=True)):
+    if found == used:
         return []
     return [
-        f'NOTE: the weights read their position bias by windows {tuple(found)}, this model by {tuple(used)}: '
-        f'set pretrained_window_sizes={tuple(found)}'
+        f'NOTE: the position bias was trained with windows {found}, this model reads it as of windows {used}: '
+        f'set pretrained_window_sizes={tuple(whole for _, whole in told)}'
     ]
 
 

@@ -251,7 +251,7 @@ def test_v2_windows_that_differ_from_the_weights_are_pointed_out():
     other = swin_mm.SwinTransformerV2(arch='t', window_size=16)
     other.load_state_dict(theirs.state)
     (note,) = other.load_report.notes
-    assert 'by windows (8, 8, 8, 8), this model by ((16, 16),' in note
+    assert 'trained with windows [(8, 8), (8, 8), (8, 8), (8, 8)], this model reads it as of windows [(16, 16),' in note
     assert 'set pretrained_window_sizes=(8, 8, 8, 8)' in note
     told = swin_mm.SwinTransformerV2(arch='t', window_size=16, pretrained_window_sizes=(8, 8, 8, 8))
     told.load_state_dict(theirs.state)
