@@ -147,6 +147,12 @@ def test_other_architectures_are_refused_with_what_to_do(model):
         adapt(wide, model)
 
 
+def test_nothing_that_fits_is_an_error_even_without_strictness(model):
+    other = swin_mm.SwinTransformer(embed_dims=48, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
+    with pytest.raises(CheckpointError, match='of a Swin V1 with embed_dims=48'):
+        model.load_state_dict(other.state_dict(), strict=False)
+
+
 def test_published_sizes_are_told_apart():
     with torch.device('meta'):
         small, large = swin_mm.SwinTransformer(arch='t'), swin_mm.SwinTransformer(arch='s')
