@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from mmengine.model import BaseModule
 from torch import nn
 
 from swin_mm.checkpoints import CheckpointError, Report, adapt, read_checkpoint, unwrap
-from swin_mm.checkpoints.files import ALLOWED, FETCHERS, wants_to_run
+from swin_mm.checkpoints.files import FETCHERS
+from swin_mm.checkpoints.pickles import ALLOWED
 from swin_mm.registry import MODELS
 from swin_mm.swin import ARCHS, SwinPyramid, SwinPyramidV2
 
@@ -22,7 +24,7 @@ from swin_mm.swin import ARCHS, SwinPyramid, SwinPyramidV2
 def _history_method(owner: type, name: str) -> Callable:
     """What mmengine's training checkpoints use ``getattr`` for, and no more."""
     if owner is not HistoryBuffer or name.startswith('_'):
-        raise wants_to_run(f'getattr of {name}')
+        raise pickle.UnpicklingError(f'GLOBAL getattr of {name}')
     return getattr(owner, name)
 
 
@@ -32,7 +34,10 @@ def _from_backend(address: str) -> Iterator[Path]:
         yield Path(path)
 
 
-ALLOWED += [HistoryBuffer, (_history_method, 'builtins.getattr')]
+ALLOWED += [
+    (HistoryBuffer, f'{HistoryBuffer.__module__}.HistoryBuffer'),
+    (_history_method, 'builtins.getattr'),
+]
 FETCHERS['*'] = _from_backend
 
 
@@ -121,8 +126,8 @@ class _Backbone:
         """Convert the keys under ``prefix`` to ours first, so that every way of loading takes every naming."""
         theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         strict = self.strict and _strict_asked()
-        if prefix and not theirs:
-            if strict:
+        if not theirs:
+            if strict and prefix:
                 raise CheckpointError(
                     f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; name '
                     'weights of a backbone alone in its init_cfg instead of loading them into the whole model'

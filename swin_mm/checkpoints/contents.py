@@ -5,7 +5,7 @@ H, W rows and columns of the map, C channels, w side of a window, N = w * w its 
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,8 @@ def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
         CheckpointError: there is none.
     """
     state = checkpoint if isinstance(checkpoint, Mapping) else {}
-    while inner := next((state[w] for w in WRAPPERS if isinstance(state.get(w), Mapping)), None):
-        state = inner
+    for _ in WRAPPERS:  # as often as wrappers may lie in each other
+        state = next((state[w] for w in WRAPPERS if isinstance(state.get(w), Mapping)), state)
     state = {
         key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         for key, value in state.items()
@@ -143,7 +143,7 @@ class Contents:
             index = self.rebuilt.get(f'layers.{i}.blocks.0.attn.relative_position_index')
             if window:
                 found.append((window, window))
-            elif table is not None and table.shape[1] > 1:
+            elif table is not None and not table.is_meta and table.max() > 0:
                 # The outermost offset, w - 1 over that of pre-training, is log-spaced: undo that.
                 w = table.shape[1] // 2 + 1
                 ratio = (8 ** table.max().item() - 1) / 8
@@ -163,8 +163,7 @@ def parse(state: Mapping[str, Any]) -> Contents:
         CheckpointError: it is of no Swin Transformer, or of several.
     """
     naming, prefix = _recognise(state)
-    wrapper = next((w for w in naming.wrappers if w and prefix.endswith(w)), '')
-    root = prefix.removesuffix(wrapper)
+    root = naming.root(prefix)
     contents = Contents(naming, prefix)
     for key, value in state.items():
         ours = naming.ours('/' + key.removeprefix(root)) if key.startswith(root) else '/'
@@ -174,45 +173,38 @@ def parse(state: Mapping[str, Any]) -> Contents:
             contents.others[key] = value
         elif re.fullmatch(REBUILT, ours):
             contents.rebuilt[ours] = value
+        elif ours in contents.state:
+            raise CheckpointError(f'{contents.sources[ours]} and {key} both name {ours}: the file mixes namings')
         else:
             contents.state[ours] = value
             contents.sources[ours] = key
+    if not any(key.startswith('layers.0.blocks.') for key in contents.state):
+        raise _nothing_fits(state)
     if contents.state['patch_embed.proj.weight'].ndim == 5:
         raise CheckpointError('the checkpoint is of a Video Swin Transformer; this backbone takes images')
     _to_our_layout(contents)
     return contents
 
 
-def _version(names: Mapping[str, Any]) -> int:
-    return 2 if any(name.endswith('.logit_scale') for name in names) else 1
+def _version(names: Iterable[str]) -> int:
+    return 2 if any(re.search(r'\.att(n|ention)\.(\w+\.)?logit_scale\Z', name) for name in names) else 1
 
 
 def _recognise(state: Mapping[str, Any]) -> tuple[Naming, str]:
     """The naming of a state dict and the prefix of the backbone's keys in it."""
-    version = _version(state)
-    namings = [
-        naming
-        for naming in NAMINGS
-        if naming.version in (None, version)
-        and any(re.search(naming.mark, key) for key in state)
-        and not any(re.search(naming.unlike, key) for key in state)
-    ]
-    found = [
-        (key.removesuffix(naming.anchor), naming)
-        for naming in namings
-        for key in state
-        # 'ema_' is a prefix too
-        if key == naming.anchor or key.endswith(('.' + naming.anchor, '_' + naming.anchor))
-    ]
     for pattern, what in RELATIVES:
         if any(re.search(pattern, key) for key in state):
             raise CheckpointError(f'the checkpoint is of {what}; this backbone does not implement it')
+    found = [
+        (key.removesuffix(naming.anchor), naming)
+        for naming in NAMINGS
+        for key, value in state.items()
+        # 'ema_' is a prefix too
+        if isinstance(value, Tensor) and re.search(rf'(\A|[._]){re.escape(naming.anchor)}\Z', key)
+    ]
+    found = [(prefix, naming) for prefix, naming in found if _is_named_so(state, naming, prefix)]
     if not found:
-        some = ', '.join(list(state)[:3]) or 'none'
-        anchors = ' or '.join(dict.fromkeys(naming.anchor for naming in NAMINGS))
-        raise CheckpointError(
-            f'nothing in the checkpoint fits a Swin Transformer backbone: expected keys such as {anchors}, found {some}'
-        )
+        raise _nothing_fits(state)
     shortest = min(len(prefix) for prefix, _ in found)
     prefixes = dict.fromkeys(prefix for prefix, _ in found if len(prefix) == shortest)
     if len(prefixes) > 1:
@@ -220,6 +212,26 @@ def _recognise(state: Mapping[str, Any]) -> tuple[Naming, str]:
             f'the checkpoint holds several backbones, {" and ".join(prefixes)}: say which with init_cfg prefix=...'
         )
     return next((naming, prefix) for prefix, naming in found if prefix in prefixes)
+
+
+def _nothing_fits(state: Mapping[str, Any]) -> CheckpointError:
+    some = ', '.join(list(state)[:3]) or 'none'
+    anchors = ' or '.join(dict.fromkeys(naming.anchor for naming in NAMINGS))
+    return CheckpointError(
+        'nothing in the checkpoint fits a Swin Transformer backbone: expected blocks and a patch embedding, '
+        f'{anchors}, found {some}'
+    )
+
+
+def _is_named_so(state: Mapping[str, Any], naming: Naming, prefix: str) -> bool:
+    """Whether what stands around a patch embedding is of this naming."""
+    root = naming.root(prefix)
+    keys = [key.removeprefix(root) for key in state if key.startswith(root)]
+    return (
+        naming.version in (None, _version(keys))
+        and any(re.search(naming.mark, key) for key in keys)
+        and not any(re.search(naming.unlike, key) for key in keys)
+    )
 
 
 def _to_our_layout(contents: Contents) -> None:
@@ -257,8 +269,8 @@ def _to_our_layout(contents: Contents) -> None:
             state['absolute_pos_embed'] = position.transpose(1, 2).unflatten(2, (side, side))
     norms = [key for key in state if re.fullmatch(OUTPUT_NORMS, key)]
     last = f'norm{len(contents.variant.depths) - 1}.'
-    if last != 'norm0.' and norms and all(key.startswith(last) for key in norms):
-        for key in norms:  # a classifier's
+    if contents.naming.last_norm and all(key.startswith(last) for key in norms):
+        for key in norms:
             put(key.replace(last, 'norm.'), state[key], key)
 
 

@@ -1,21 +1,19 @@
 """Reading checkpoint files without executing anything in them, and writing them whole or not at all."""
 
 import contextlib
-import io
 import os
 import pickle
 import re
 import zipfile
-from argparse import Namespace
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from swin_mm.checkpoints.pickles import read_pickle, read_torch
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')  # of the files written here
 
@@ -24,31 +22,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or does not fit; the message says what is wrong and what to do."""
 
 
-def _numpy_globals() -> list[Any]:
-    core = np._core if hasattr(np, '_core') else np.core
-    functions = (core.multiarray._reconstruct, core.multiarray.scalar)
-    # numpy 2 renamed its core; files carry the name of the version that wrote them.
-    named = [(f, f'{module}.multiarray.{f.__name__}') for f in functions for module in ('numpy._core', 'numpy.core')]
-    return [np.ndarray, np.dtype, *{type(np.dtype(code)) for code in '?bhilqBHILQefd'}, *named]
-
-
-# Classes of settings that official training scripts save along: dicts, of which none of the code is run.
-_SETTINGS = ('yacs.config.CfgNode', 'fvcore.common.config.CfgNode', 'detectron2.config.config.CfgNode')
-
-# Globals that files may name, in the terms of torch.serialization.safe_globals: plain data that training checkpoints
-# hold beside tensors. Other modules add what they know of.
-ALLOWED: list[Any] = [
-    *_numpy_globals(),
-    *((OrderedDict, name) for name in _SETTINGS),
-    Namespace,
-    Counter,
-]
-
-
 def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
     """Read a checkpoint of any format: PyTorch's (zip or older), safetensors, or a pickle of arrays or tensors.
 
-    The format is told from the content. Only tensors and the plain data of :data:`ALLOWED` are unpickled.
+    The format is told from the content. Of pickles, only tensors and plain data are opened, see
+    :mod:`swin_mm.checkpoints.pickles`.
 
     Args:
         source: a path, an http(s) address (kept in ``torch.hub``'s folder), ``hf://owner/name[/file][@revision]`` for
@@ -137,24 +115,24 @@ def _read(path: Path, map_location: Any) -> Any:
     with path.open('rb') as file:
         head = file.read(512)
     try:
+        # First: the length that safetensors begins with may look like anything.
+        if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < path.stat().st_size:
+            return _read_safetensors(path, map_location)
         if head.startswith(b'PK'):
             return _read_zip(path, map_location)
-        if head.startswith(b'\x80'):  # a pickle
-            if _is_older_torch(head):
-                with torch.serialization.safe_globals(ALLOWED):
-                    return torch.load(path, map_location=map_location, weights_only=True)
-            with path.open('rb') as file:
-                return _PlainUnpickler(file, map_location).load()
-        if head[8:9] == b'{':
-            return _read_safetensors(path, map_location)
+        if head.startswith(b'\x80'):
+            return (read_torch if _is_older_torch(head) else read_pickle)(path, map_location)
     except CheckpointError:
         raise
     except Exception as error:
-        code = re.search(r'GLOBAL (\S+)', str(error))
+        code = re.search(r'GLOBAL (.+?)(?= was not|$)', str(error), re.MULTILINE)
         if code is None:
             detail = str(error).partition('WeightsUnpickler error:')[2].strip() or str(error)
             raise CheckpointError(f'is damaged, or not a checkpoint: {_first_line(detail, error)}') from error
-        raise wants_to_run(code[1]) from error
+        raise CheckpointError(
+            f'wants to run code ({code[1]}) when it is opened, so it was not opened; if you trust its origin, open it '
+            'with torch.load(..., weights_only=False) or pickle.load and save its state_dict alone'
+        ) from error
     raise CheckpointError(f'is not a checkpoint: {_what_else(head)}; expected PyTorch, safetensors or pickle')
 
 
@@ -176,8 +154,7 @@ def _read_zip(path: Path, map_location: Any) -> Any:
         # torch.load does not compare checksums.
         if damaged := archive.testzip():
             raise CheckpointError(f'is damaged: its part {damaged} does not have the checksum it was written with')
-    with torch.serialization.safe_globals(ALLOWED):
-        return torch.load(path, map_location=map_location, weights_only=True)
+    return read_torch(path, map_location)
 
 
 def _read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
@@ -190,47 +167,6 @@ def _read_safetensors(path: Path, map_location: Any) -> dict[str, Tensor]:
 def _is_older_torch(head: bytes) -> bool:
     """Whether a pickle begins with the magic number of torch.save's older format."""
     return head[2:].startswith(pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=2)[2:])
-
-
-def wants_to_run(what: str) -> CheckpointError:
-    """The refusal of a pickle that names something beside plain data."""
-    return CheckpointError(
-        f'wants to run code ({what}) when it is opened, so it was not opened; if you trust its origin, open it with '
-        'torch.load(..., weights_only=False) or pickle.load and save its state_dict alone'
-    )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Opens the pickles that detectron2 and Mask2Former publish: arrays or tensors in dicts."""
-
-    def __init__(self, file: Any, map_location: Any) -> None:
-        super().__init__(file, encoding='latin1')  # written by Python 2, some of them
-        self._allowed: dict[str, Any] = {
-            'collections.OrderedDict': OrderedDict,
-            '_codecs.encode': _latin1_bytes,
-            'torch._utils._rebuild_tensor_v2': torch._utils._rebuild_tensor_v2,
-            # torch's own would open the bytes as a pickle without restrictions.
-            'torch.storage._load_from_bytes': lambda data: torch.load(
-                io.BytesIO(data), map_location=map_location, weights_only=True
-            ),
-        }
-        for item in ALLOWED:
-            what, name = item if isinstance(item, tuple) else (item, f'{item.__module__}.{item.__qualname__}')
-            self._allowed[name] = what
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What the pickle may name."""
-        try:
-            return self._allowed[f'{module}.{name}']
-        except KeyError:
-            raise wants_to_run(f'{module}.{name}') from None
-
-
-def _latin1_bytes(text: str, encoding: str) -> bytes:
-    """How pickle's protocol 2 writes bytes."""
-    if encoding != 'latin1':
-        raise CheckpointError(f'is damaged: bytes in {encoding}')
-    return text.encode('latin1')
 
 
 def _first_line(text: Any, error: BaseException | None = None) -> str:

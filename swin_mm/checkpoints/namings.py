@@ -60,6 +60,10 @@ class Naming:
         """Their name of the patch embedding's weight; finding it tells the naming and the prefix."""
         return self.theirs('patch_embed.proj.weight')
 
+    def root(self, prefix: str) -> str:
+        """What stands before the keys outside the wrapper, where ``prefix`` stands before those of the backbone."""
+        return prefix.removesuffix(next((w for w in self.wrappers if w and prefix.endswith(w)), ''))
+
     def ours(self, key: str) -> str:
         """Our name for one of theirs."""
         return _inside_block(_replace_start(key, _starts(self.parts, False)), _starts(self.inside, False))

@@ -1,5 +1,6 @@
 """Files are opened without running anything in them, and what cannot be opened is named."""
 
+import contextlib
 import http.server
 import io
 import os
@@ -147,6 +148,70 @@ def test_older_torch_files_and_safetensors_open(tmp_path):
         assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
+@pytest.mark.parametrize('begin', [b'\x80', b'PK'])
+def test_safetensors_may_begin_like_other_formats(tmp_path, begin):
+    """It begins with the length of its header."""
+    for length in range(0, 25000, 8):
+        save_file({'w': torch.ones(2)}, tmp_path / 'a', metadata={'note': 'x' * length})
+        if (tmp_path / 'a').read_bytes().startswith(begin):
+            break
+    assert torch.equal(read_checkpoint(tmp_path / 'a')['w'], torch.ones(2))
+
+
+class Calls:
+    """Pickles as the call of something, and then perhaps as setting its state."""
+
+    def __init__(self, *reduced) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self):
+        return self.reduced
+
+
+FORGED = {
+    'pointers': pickle.dumps(Calls(np.ndarray, ((1,), np.dtype('O'), b'A' * 8)), 2),
+    'objects': pickle.dumps(np.array([None, 1], dtype=object), 2),
+    'records': pickle.dumps(np.zeros(2, dtype=[('a', 'f4')]), 2),
+    'a class': b'\x80\x02cargparse\nNamespace\nN}U\x08__init__ccollections\nOrderedDict\ns\x86b.',
+    'a function': b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}U\x0c__defaults__K\x01\x85s\x86b.',
+}
+
+
+@pytest.mark.parametrize('forged', FORGED)
+def test_what_files_may_name_cannot_be_turned_against_the_process(tmp_path, forged):
+    (tmp_path / 'a.pkl').write_bytes(FORGED[forged])
+    before = (Namespace.__init__, torch._utils._rebuild_tensor_v2.__defaults__)
+    with contextlib.suppress(CheckpointError):
+        content = read_checkpoint(tmp_path / 'a.pkl')
+        assert not isinstance(content, np.ndarray)
+    assert (Namespace.__init__, torch._utils._rebuild_tensor_v2.__defaults__) == before
+    if forged == 'pointers':  # torch's own reader of such data, which calls what it is allowed to name
+        torch.save({'w': Calls(np.ndarray, ((1,), np.dtype('O'), b'A' * 8))}, tmp_path / 'a.pth')
+        with pytest.raises(CheckpointError):
+            read_checkpoint(tmp_path / 'a.pth')
+
+
+def test_arrays_of_every_kind_of_number_are_read_as_they_are(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = [
+        (rng.standard_normal((3, 4)) * 9).astype(code) for code in ('f2', 'f4', '>f8', 'i1', 'u2', '>i4', 'i8', '?')
+    ]
+    arrays += [np.asfortranarray(arrays[0]), arrays[1][:, ::2], np.zeros((0, 3)), np.array(2.5)]
+    content = {'list': arrays, 'tuple': (arrays[0], {'in': arrays[1]}), 'settings': Namespace(w=arrays[2])}
+    torch.save(content, tmp_path / 'a.pth')
+    sources = [tmp_path / 'a.pth']
+    for protocol in (2, 4, 5):
+        sources.append(tmp_path / f'{protocol}.pkl')
+        sources[-1].write_bytes(pickle.dumps(content, protocol))
+    for source in sources:
+        loaded = read_checkpoint(source)
+        for mine, expected in zip(loaded['list'], arrays, strict=True):
+            assert mine.dtype.newbyteorder('=') == expected.dtype.newbyteorder('=')
+            assert np.array_equal(mine, expected)
+        assert np.array_equal(loaded['tuple'][1]['in'], arrays[1])
+        assert np.array_equal(loaded['settings'].w, arrays[2])
+
+
 def test_what_cannot_be_read_is_named(tmp_path):
     whole, older, tensors, plain = (tmp_path / name for name in ('whole', 'older', 'tensors', 'plain'))
     state = {'w': torch.rand(1000)}
@@ -243,11 +308,16 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix):
     write_checkpoint({'w': torch.zeros(3)}, path, force=True)
 
     def fail(content, file, **_):
-        Path(file).write_bytes(b'half')
+        if Path(file) != path:
+            Path(file).write_bytes(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr('torch.save', fail)
     monkeypatch.setattr('safetensors.torch.save_file', fail)
+    with pytest.raises(OSError, match='disk full'):
+        write_checkpoint({'w': torch.ones(3)}, path, force=True)
+    monkeypatch.undo()
+    monkeypatch.setattr('os.replace', fail)
     with pytest.raises(OSError, match='disk full'):
         write_checkpoint({'w': torch.ones(3)}, path, force=True)
     assert torch.equal(read_checkpoint(path)['w'], torch.zeros(3))

@@ -7,7 +7,7 @@ from torch import Tensor
 from zoo import reference
 
 import swin_mm
-from swin_mm.checkpoints import CheckpointError, adapt, unwrap
+from swin_mm.checkpoints import CheckpointError, adapt, parse, unwrap
 
 
 @pytest.fixture(scope='module')
@@ -262,3 +262,63 @@ def test_v2_windows_that_differ_from_the_weights_are_pointed_out():
     told = swin_mm.SwinTransformerV2(arch='t', window_size=16, pretrained_window_sizes=(8, 8, 8, 8))
     told.load_state_dict(theirs.state)
     assert not told.load_report.notes
+
+
+def test_heads_with_a_scale_of_their_own_do_not_make_a_version_2():
+    theirs, ours = mmdet_twin(**SMALL)
+    state = {f'backbone.{key}': value for key, value in theirs.state_dict().items()}
+    state |= {'bbox_head.logit_scale': torch.ones(1), 'other.layers.0.blocks.0.x': torch.ones(1)}
+    adapted, report = adapt(state, ours)
+    assert same(adapted, ours.state_dict())
+    assert len(report.dropped) == 2
+
+
+def test_files_that_give_one_parameter_twice_are_refused(model):
+    state = {f'backbone.{key}': value for key, value in mmdet_twin(**SMALL)[0].state_dict().items()}
+    state['backbone.layers.0.blocks.0.norm1.weight'] = torch.ones(32)
+    with pytest.raises(CheckpointError, match='both name layers.0.blocks.0.norm1.weight: the file mixes namings'):
+        adapt(state, model)
+
+
+def test_states_of_the_last_output_alone_load_into_more_outputs(model):
+    last = randomise(swin_mm.SwinTransformer(**SMALL, out_indices=(3,)))
+    ours, report = adapt(last.state_dict(), model)
+    assert torch.equal(ours['norm3.weight'], last.norm3.weight)
+    assert len(report.new) == 6
+
+
+@pytest.mark.parametrize('state', [{}, {'layers.0.blocks.0.norm1.bias': torch.full((32,), 7.0)}])
+def test_parts_load_where_strictness_is_not_asked_for(model, state):
+    other = swin_mm.SwinTransformer(**SMALL)
+    result = other.load_state_dict(state, strict=False)
+    assert len(result.missing_keys) == len(model.state_dict()) - len(state)
+    assert not result.unexpected_keys
+    assert (other.layers[0].blocks[0].norm1.bias == 7).all() == bool(state)
+    with pytest.raises(RuntimeError):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_low_precision_is_resized_in_full(model, dtype):
+    state = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    larger = swin_mm.SwinTransformer(**SMALL, window_size=12)
+    low, _ = adapt(state, larger)
+    full, _ = adapt({key: value.float() for key, value in state.items()}, larger)
+    assert torch.equal(low[TABLE], full[TABLE])
+
+
+def test_odd_states_end_in_one_clear_error(model):
+    around: dict = {'w': torch.ones(1)}
+    around['model'] = around
+    assert unwrap(around).keys() == {'w', 'model'}
+    for state in (
+        {'patch_embed.proj.weight': torch.rand(32, 3, 4, 4), 'decoder.layers.0.blocks.0.x': torch.ones(1)},
+        {key: value.numpy() for key, value in model.state_dict().items()},
+    ):
+        with pytest.raises(CheckpointError):
+            adapt(state, model)
+    # Without numbers (a file inspected on the meta device), or with useless ones, V2's tables tell nothing.
+    theirs = dict(reference('official', 2, 't', 8, 256).state)
+    key = 'layers.0.blocks.0.attn.relative_coords_table'
+    for table in (torch.zeros_like(theirs[key]), theirs[key].to('meta')):
+        assert parse(theirs | {key: table}).windows()[0] == (8, 8)
