@@ -129,8 +129,9 @@ class _Backbone:
         if not theirs:
             if strict and prefix:
                 raise CheckpointError(
-                    f'the checkpoint has nothing under {prefix!r}, so the backbone would keep its random weights; name '
-                    'weights of a backbone alone in its init_cfg instead of loading them into the whole model'
+                    f'no key of the checkpoint begins with {prefix!r}, so the backbone would keep its random weights; '
+                    'name weights of a backbone alone in its init_cfg instead of loading them into the whole model, '
+                    'and take off what else the keys begin with'
                 )
             return super()._load_from_state_dict(state_dict, prefix, *rest)
         ours, self.load_report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self, strict)

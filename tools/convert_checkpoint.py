@@ -54,17 +54,21 @@ def main(args: argparse.Namespace) -> None:
     checkpoint = read_checkpoint(args.src)
     contents = parse(unwrap(checkpoint, args.prefix or ''))
     if args.inspect:
-        beside = sorted(set(checkpoint) - {'state_dict', 'model'}) if set(checkpoint) & {'state_dict', 'model'} else []
+        wrapped = {'state_dict', 'model'} & set(checkpoint)
+        beside = sorted(str(key) for key in checkpoint if key not in wrapped) if wrapped else []
         show(f'{args.src}', {**about_file(args.src), **about_model(contents), 'beside the weights': ', '.join(beside)})
         return
-    windows = args.window and (args.window * 4 if len(args.window) == 1 else args.window)
-    if windows and len(windows) != len(contents.variant.depths):
-        raise InputError(f'--window takes 1 or {len(contents.variant.depths)} numbers, one per stage')
+    stages = len(contents.variant.depths)
+    windows = args.window and (args.window * stages if len(args.window) == 1 else args.window)
+    if windows and len(windows) != stages:
+        raise InputError(f'--window takes 1 or {stages} numbers, one per stage')
     result, dropped = convert(contents, args.to, windows)
     if args.dst.suffix == '.safetensors':
         result = {key: value for key, value in unwrap(result).items() if isinstance(value, Tensor)}
     write_checkpoint(result, args.dst, args.force)
     notes = {f'left out: {why}': f'{count} tensors' for why, count in Counter(dropped.values()).items()}
+    if None in contents.windows() and not windows:
+        notes['left out: tables of positions'] = 'SRC does not tell its window: give --window if DST shall have them'
     names = {'from': contents.naming.name, 'to': args.to, 'model': str(contents.variant)}
     show(f'{args.dst}', names | {'tensors': str(len(unwrap(result)))} | notes | about_file(str(args.dst)))
 
@@ -75,7 +79,7 @@ def about_file(source: str) -> dict[str, str]:
     with fetch(source) as path, path.open('rb') as file:
         while block := file.read(1 << 20):
             digest.update(block)
-        promised = re.search(r'-([0-9a-f]{8})\.', path.name)
+        promised = re.search(r'-(?!20\d{6})([0-9a-f]{8})\.', path.name)  # and not a date
         agrees = promised is None or digest.hexdigest().startswith(promised[1])
         note = '' if agrees else f' (NOT {promised[1]} as the name says: damaged, or changed since)'
         return {'size': f'{path.stat().st_size:,} bytes', 'SHA-256': digest.hexdigest() + note}
@@ -84,13 +88,16 @@ def about_file(source: str) -> dict[str, str]:
 def about_model(contents: Contents) -> dict[str, str]:
     """What the weights are, read off names and shapes."""
     variant, state = contents.variant, contents.state
-    sizes = [size and size[0] for size in contents.windows()]
+    windows = contents.windows()
+    sizes = [size and size[0] for size in windows]
     window = 'not told by the file' if None in sizes else str(sizes[0] if len({*sizes}) == 1 else tuple(sizes))
     head = state.get('head.weight')
     norms = sorted({key.partition('.')[0] for key in state if re.fullmatch(OUTPUT_NORMS, key)})
     parameters = sum(value.numel() for key, value in state.items() if meaning(key, CLASSIFIER) is None)
     size = f'arch={variant.arch!r}' if variant.arch else 'embed_dims=..., depths=..., num_heads=...'
-    window_size = '' if None in sizes else f', window_size={window}'
+    arguments = '' if None in sizes else f', window_size={window if len({*sizes}) == 1 else sizes}'
+    if None not in sizes and any(w != whole for w, whole in windows):
+        arguments += f', pretrained_window_sizes={tuple(whole for _, whole in windows)}'
     return {
         'naming': contents.naming.name + (f', under {contents.prefix!r}' if contents.prefix else ''),
         'model': str(variant),
@@ -101,7 +108,7 @@ def about_model(contents: Contents) -> dict[str, str]:
         'parameters of the backbone': f'{parameters:,}',
         'type of numbers': ', '.join(sorted({str(value.dtype).removeprefix('torch.') for value in state.values()})),
         'other parts': ', '.join(sorted({key.partition('.')[0] for key in contents.others})) or 'none',
-        'as backbone': f"dict(type='swin_mm.SwinTransformer{'V2' * (variant.version == 2)}', {size}{window_size})",
+        'as backbone': f"dict(type='swin_mm.SwinTransformer{'V2' * (variant.version == 2)}', {size}{arguments})",
     }
 
 

@@ -262,11 +262,6 @@ def _to_our_layout(contents: Contents) -> None:
         if contents.naming.unfold and _is_merged(key, version):
             # (..., C * row * column) -> (..., column * row * C)
             state[key] = state[key].unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
-    position = state.get('absolute_pos_embed')
-    if position is not None and position.ndim == 3:  # (1, H * W, C) -> (1, C, H, W)
-        side = math.isqrt(position.shape[1])
-        if side**2 == position.shape[1]:
-            state['absolute_pos_embed'] = position.transpose(1, 2).unflatten(2, (side, side))
     norms = [key for key in state if re.fullmatch(OUTPUT_NORMS, key)]
     last = f'norm{len(contents.variant.depths) - 1}.'
     if contents.naming.last_norm and all(key.startswith(last) for key in norms):
@@ -325,12 +320,14 @@ def convert(
     for key, value in state.items():
         theirs = naming.theirs(key)
         theirs = root + (theirs[1:] if theirs.startswith('/') else wrapper + theirs)
-        # A part of a larger tensor would be saved with all of it.
-        result[theirs] = value.clone(memory_format=torch.contiguous_format)
+        result[theirs] = value
     if whole:
         result |= contents.others
     else:
         dropped |= dict.fromkeys(contents.others, 'other part of the model')
+    for key, value in result.items():
+        if isinstance(value, Tensor):  # a part of a larger tensor would be saved with all of it
+            result[key] = value.clone(memory_format=torch.contiguous_format)
     return {naming.under: result} if naming.under else result, dropped
 
 
@@ -357,6 +354,27 @@ def _derived(naming: Naming, contents: Contents, windows: Sequence[int] | None) 
     return found
 
 
+def _flat_position(value: Tensor) -> Tensor:
+    return value if value.ndim == 3 else value.flatten(2).transpose(1, 2)
+
+
+def square_position(value: Tensor) -> Tensor:
+    """A position embedding as (1, C, H, W); (1, H * W, C) is taken for a square.
+
+    Raises:
+        CheckpointError: it is of no square.
+    """
+    if value.ndim == 4:
+        return value
+    side = math.isqrt(value.shape[1])
+    if side**2 != value.shape[1]:
+        raise CheckpointError(
+            f'absolute_pos_embed has {value.shape[1]} positions, which are no square; load it into a model with its '
+            'pretrain_img_size'
+        )
+    return value.transpose(1, 2).unflatten(2, (side, side))
+
+
 def _to_their_layout(state: Mapping[str, Tensor], naming: Naming, variant: Variant) -> dict[str, Tensor]:
     """The inverse of :func:`_to_our_layout`."""
     split = any(ours == 'attn.q' for ours, _ in naming.inside)
@@ -375,8 +393,8 @@ def _to_their_layout(state: Mapping[str, Tensor], naming: Naming, variant: Varia
             pass
         elif naming.unfold and _is_merged(key, variant.version):
             result[key] = value.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
-        elif naming.flat_position and key == 'absolute_pos_embed':
-            result[key] = value.flatten(2).transpose(1, 2)
+        elif key == 'absolute_pos_embed':
+            result[key] = _flat_position(value) if naming.flat_position else square_position(value)
         elif naming.last_norm and key.startswith('norm.'):
             result[key.replace('norm.', f'{last}.')] = value
         else:

@@ -29,7 +29,7 @@ def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -
     :mod:`swin_mm.checkpoints.pickles`.
 
     Args:
-        source: a path, an http(s) address (kept in ``torch.hub``'s folder), ``hf://owner/name[/file][@revision]`` for
+        source: a path, an http(s) address (kept in ``torch.hub.get_dir()``), ``hf://owner/name[/file][@revision]`` for
             a file on the Hugging Face Hub, or an address of another scheme in :data:`FETCHERS`.
         map_location: where tensors go, as for ``torch.load``.
 
@@ -74,7 +74,11 @@ def _errors_named(source: str) -> Iterator[None]:
 
 
 def _download(address: str) -> AbstractContextManager[Path]:
-    path = Path(torch.hub.get_dir(), 'checkpoints', address.rpartition('/')[2].partition('?')[0])
+    # By host and path: torch.hub keeps files by name alone, and many addresses end in pytorch_model.bin.
+    host, _, rest = address.partition('://')[2].partition('?')[0].partition('/')
+    path = Path(torch.hub.get_dir(), 'swin_mm', host, *rest.split('/'))
+    if not rest or rest.endswith('/') or '..' in path.parts:
+        raise CheckpointError(f'checkpoint {address} names no file')
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(address, str(path))  # into a temporary file, renamed when it is whole

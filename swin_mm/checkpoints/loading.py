@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_mm.attention import WindowAttentionV2
-from swin_mm.checkpoints.contents import Contents, Variant, meaning, parse
+from swin_mm.checkpoints.contents import Contents, Variant, meaning, parse, square_position
 from swin_mm.checkpoints.files import CheckpointError
 from swin_mm.checkpoints.namings import CLASSIFIER, LEFTOVERS, OFFICIAL, OUTPUT_NORMS
 from swin_mm.swin import SwinPyramid
@@ -123,9 +123,9 @@ def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> 
             misfits.add(name)
             report.wrong_shape[source] = f'is {old}, the model has {new}'
             continue
-        if new != old:
+        if new != old and value.numel() != fitted.numel():
             report.resized[name] = f'{old} -> {new}'
-        if source != contents.prefix + name or value is not state[source]:
+        if source != contents.prefix + name or value is not state[source] or value.ndim != fitted.ndim:
             report.converted[name] = f'from {source}'
         report.loaded.append(name)
         ours[name] = fitted
@@ -214,8 +214,12 @@ def _fit(name: str, value: Tensor, target: Tensor, model: SwinPyramid) -> Tensor
     if value.shape == target.shape:
         return value
     value = value.to(torch.promote_types(value.dtype, torch.float32))
-    if name == 'absolute_pos_embed' and value.ndim == 4 and value.shape[1] == target.shape[1]:
-        return F.interpolate(value, size=target.shape[2:], mode='bicubic')
+    if name == 'absolute_pos_embed':
+        if value.ndim == 3 and value.numel() == target.numel():
+            return value.transpose(1, 2).reshape(target.shape)  # (1, H * W, C) -> (1, C, H, W)
+        value = square_position(value)
+        same = value.shape[1] == target.shape[1]
+        return F.interpolate(value, size=target.shape[2:], mode='bicubic') if same else value
     if name.endswith('.relative_position_bias_table') and value.shape[1:] == target.shape[1:]:
         return _resized_table(value, model.get_submodule(name.rpartition('.')[0]).window)
     if name == 'patch_embed.proj.weight' and value.ndim == 4 and len(value) == len(target):

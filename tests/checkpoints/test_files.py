@@ -95,16 +95,6 @@ def test_settings_that_official_scripts_save_along_are_read_without_their_classe
     assert (loaded['args'].lr, loaded['steps'][11]) == (0.1, 1)
 
 
-class Evil:
-    """Runs something when unpickled by pickle itself."""
-
-    def __init__(self, path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 @pytest.mark.parametrize('protocol', [2, 4])
 def test_plain_pickles_of_arrays_and_tensors_open(tmp_path, protocol):
     arrays = {'a': np.arange(6.0).reshape(2, 3), 'n': np.float32(2), 'of ints': np.arange(3)}
@@ -120,7 +110,7 @@ def test_plain_pickles_of_arrays_and_tensors_open(tmp_path, protocol):
 @pytest.mark.parametrize('inner', [False, True], ids=['pickle', 'tensor bytes in a pickle'])
 def test_plain_pickles_that_run_code_are_refused(tmp_path, inner):
     trace = tmp_path / 'trace'
-    evil: object = Evil(trace)
+    evil: object = Attack(trace)
     if inner:  # what torch's own `_load_from_bytes` would open without looking
         buffer = io.BytesIO()
         torch.save(evil, buffer)
@@ -330,15 +320,20 @@ def test_unwritable_targets_are_refused(tmp_path):
             write_checkpoint({}, tmp_path / name)
 
 
-def test_addresses_are_downloaded_once_into_the_hub(tmp_path, monkeypatch):
+def test_addresses_are_downloaded_once_each(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
     (tmp_path / 'site').mkdir()
     torch.save({'w': torch.ones(2)}, tmp_path / 'site' / 'swin.pth')
+    (tmp_path / 'site' / 'other').mkdir()
+    torch.save({'w': torch.zeros(2)}, tmp_path / 'site' / 'other' / 'swin.pth')
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f'http://127.0.0.1:{server.server_port}'
         assert torch.equal(read_checkpoint(f'{address}/swin.pth')['w'], torch.ones(2))
+        assert torch.equal(read_checkpoint(f'{address}/other/swin.pth')['w'], torch.zeros(2))
+        with pytest.raises(CheckpointError, match='other/ names no file'):
+            read_checkpoint(f'{address}/other/')
         with pytest.raises(CheckpointError, match='absent.pth cannot be read: .*404'):
             read_checkpoint(f'{address}/absent.pth')
         server.shutdown()
@@ -347,7 +342,7 @@ def test_addresses_are_downloaded_once_into_the_hub(tmp_path, monkeypatch):
 
 def test_a_damaged_download_says_where_it_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    kept = tmp_path / 'hub' / 'checkpoints' / 'swin.pth'
+    kept = tmp_path / 'hub' / 'swin_mm' / 'site' / 'swin.pth'
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b'PK half')
     with pytest.raises(CheckpointError, match=f'https://site/swin.pth is damaged.*{kept}: delete that'):
