@@ -5,9 +5,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_CONSTRUCTORS
 from mmengine.registry import Registry
 
 MODELS = Registry('model', parent=ROOT_MODELS, scope='swin_mm', locations=['swin_mm.backbone'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optim wrapper constructor', parent=ROOT_CONSTRUCTORS, scope='swin_mm', locations=['swin_mm.optim']
+)
 
 
 def _find_configs_by_module() -> None:

@@ -1,0 +1,9 @@
+# UPerNet on Cityscapes with the recipe of ADE20K, for 80k iterations as other backbones have; a leaf says which Swin.
+_base_ = [
+    'mmseg::_base_/models/upernet_swin.py',
+    'mmseg::_base_/datasets/cityscapes.py',
+    'mmseg::_base_/default_runtime.py',
+    '../schedules/swin_80k.py',
+]
+custom_imports = dict(imports=['swin_mm'])
+model = dict(data_preprocessor=dict(size=_base_.crop_size))

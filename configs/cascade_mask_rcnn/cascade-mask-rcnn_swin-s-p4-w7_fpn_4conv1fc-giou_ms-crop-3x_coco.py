@@ -1,0 +1,6 @@
+_base_ = [
+    '../_base_/models/cascade-mask-rcnn_swin_fpn_4conv1fc-giou_ms-crop-3x_coco.py',
+    '../_base_/backbones/swin-s-p4-w7.py',
+]
+backbone = dict(_delete_=True, drop_path_rate=0.2, **_base_.swin)
+model = dict(backbone=backbone, neck=dict(in_channels=_base_.channels))

@@ -1,0 +1,6 @@
+_base_ = ['./mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py', '../_base_/backbones/swin-l-p4-w12_in22k.py']
+backbone = dict(_delete_=True, drop_path_rate=0.3, **_base_.swin)
+model = dict(backbone=backbone, panoptic_head=dict(in_channels=_base_.channels, num_queries=200))
+train_dataloader = dict(batch_size=1, num_workers=1)
+param_scheduler = dict(end=737500, milestones=[655556, 710184])
+train_cfg = dict(max_iters=737500, dynamic_intervals=[(735001, 737500)])
