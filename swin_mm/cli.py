@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 something failed, 2 bad input, 128 + signal number when st
 import inspect
 import os
 import sys
+import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -75,25 +76,45 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> int:
     return 0
 
 
-def read_config(args: Namespace) -> Config:
-    """Read the config that ``parser`` was given, with its options, work_dir and launcher set.
+def load_config(name: str | Path) -> Config:
+    """Read a config by its path, or by its name in a library: ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
 
     Raises:
         InputError: it is not there or does not read.
         DependencyError: it builds on a library that is absent or broken.
     """
-    path = Path(args.config)
-    if not path.is_file():
-        raise InputError(f'config {path} does not exist; give the path of a config file, for instance under configs/')
+    name = str(name)
+    if '::' not in name and not Path(name).is_file():
+        raise InputError(f'config {name} does not exist; give the path of a config file, for instance under configs/')
     try:
-        cfg = Config.fromfile(path)
+        if '::' not in name:
+            cfg = Config.fromfile(name)
+        else:  # mmengine resolves such names for bases alone
+            with tempfile.TemporaryDirectory() as folder:
+                heir = Path(folder, 'heir.py')
+                heir.write_text(f'_base_ = {name!r}\n')
+                cfg = Config.fromfile(heir)
+                cfg = Config(cfg.to_dict(), cfg_text=cfg.text, filename=name)
     except Exception as error:
         # The usual reason is a `_base_` in a library that is not there; mmengine's words for that name no remedy.
         require(*(module for module in SCOPES if module in str(error)))
-        raise InputError(f'config {path} cannot be read: {_one_line(error)}') from error
-    scope = cfg.get('default_scope')
-    require(*SCOPES.get(scope, ()))
+        raise InputError(f'config {name} cannot be read: {_one_line(error)}') from error
+    require(*SCOPES.get(cfg.get('default_scope'), ()))
+    return cfg
 
+
+def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg: cfg) -> Config:
+    """Read the config that ``parser`` was given, with its options, work_dir and launcher set.
+
+    Args:
+        args: what ``parser`` gives.
+        change: what happens to the config before its options are set.
+
+    Raises:
+        InputError: it is not there or does not read.
+        DependencyError: it builds on a library that is absent or broken.
+    """
+    cfg = change(load_config(args.config))
     for warning in _unknown_options(cfg, args.cfg_options):
         print(f'warning: {warning}', file=sys.stderr)
     try:
@@ -105,7 +126,7 @@ def read_config(args: Namespace) -> Config:
     if args.launcher != 'none' and get_device() == 'cpu':
         raise InputError(f'--launcher {args.launcher} needs GPUs and torch sees none; leave it out to run on the CPU')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', path.stem))
+    cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     return cfg
 
 

@@ -9,6 +9,8 @@ from mmengine.runner import find_latest_checkpoint
 
 from swin_mm import cli, interrupt
 from swin_mm.checkpoints import read_checkpoint
+from swin_mm.plug import plug
+from swin_mm.swin import ARCHS
 
 
 def parse_args() -> Namespace:
@@ -23,12 +25,15 @@ def parse_args() -> Namespace:
         metavar='CHECKPOINT',
         help='go on from a checkpoint, or without a value from the last one in the work_dir',
     )
+    parser.add_argument(
+        '--plug', choices=sorted(ARCHS), metavar='ARCH', help='train with a Swin of this size (t, s, b, l) as backbone'
+    )
     return parser.parse_args()
 
 
 def main(args: Namespace) -> None:
     """Train."""
-    cfg = cli.read_config(args)
+    cfg = cli.read_config(args, lambda cfg: plug(cfg, args.plug) if args.plug else cfg)
     if args.amp:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
