@@ -3,7 +3,7 @@
 #   make test        format, lint and the quick tests; `make test-slow` runs the slow ones too
 #   make lint        format and lint only
 #   make clean       remove $(VENV)
-# Choose with PYTHON=python3.12, VENV=folder, JOBS=number of compilers at once.
+# Choose with PYTHON=python3.12, VENV=folder, JOBS=number of compilers and tests at once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -20,11 +20,14 @@ DONE := $(VENV)/done
 demo: setup
 	$(PY) tools/demo.py
 
+# One process per core, with one thread each: more threads than cores hinder each other.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
+
 test: lint
-	$(PY) -m pytest
+	$(PYTEST)
 
 test-slow: lint
-	$(PY) -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 lint: setup
 	$(PY) -m ruff format --check .

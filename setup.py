@@ -40,7 +40,7 @@ setup(
         'all': ALL,
         'hub': ['huggingface_hub'],  # hf:// addresses of weights
         # transformers: the reference that V2 is tested against; scikit-learn: the pictures of the demo.
-        'dev': ['huggingface_hub', 'pytest', 'ruff', 'scikit-learn', 'transformers>=4.45'],
+        'dev': ['huggingface_hub', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn', 'transformers>=4.45'],
     },
     zip_safe=False,
     classifiers=[

@@ -20,25 +20,9 @@ from swin_mm.checkpoints.namings import MMDET
 from swin_mm.cli import InputError
 from swin_mm.swin import ARCHS
 
-_RELEASES = 'https://github.com/SwinTransformer/storage/releases/download'
-# The official weights that start a backbone, and what their pre-training asks of it. L exists from ImageNet-22k only.
-WEIGHTS: dict[str, dict[str, tuple[str, dict]]] = {
-    'swin_mm.SwinTransformer': {
-        't': ('v1.0.0/swin_tiny_patch4_window7_224.pth', {}),
-        's': ('v1.0.0/swin_small_patch4_window7_224.pth', {}),
-        'b': ('v1.0.0/swin_base_patch4_window7_224.pth', {}),
-        'l': ('v1.0.0/swin_large_patch4_window7_224_22k.pth', {}),
-    },
-    'swin_mm.SwinTransformerV2': {
-        't': ('v2.0.0/swinv2_tiny_patch4_window8_256.pth', {}),
-        's': ('v2.0.0/swinv2_small_patch4_window8_256.pth', {}),
-        'b': ('v2.0.0/swinv2_base_patch4_window8_256.pth', {}),
-        'l': (
-            'v2.0.0/swinv2_large_patch4_window12to16_192to256_22kto1k_ft.pth',
-            {'window_size': 16, 'pretrained_window_sizes': (12, 12, 12, 6)},
-        ),
-    },
-}
+# The backbones that our recipes use, with their official weights. L exists from ImageNet-22k only.
+BACKBONES = Path(__file__).parent / '.mim/configs/_base_/backbones'
+TYPES = ('swin_mm.SwinTransformer', 'swin_mm.SwinTransformerV2')
 STRIDES = (4, 8, 16, 32)
 SIDE = 256  # of the image that backbones and necks are run on
 
@@ -146,7 +130,7 @@ def plug(cfg: Config, arch: str | None = None, v2: bool = False, checkpoint: str
         _start_anew(cfg)
         _set_images(cfg)
         _set_optimizer(cfg, RECIPES[scope], NO_DECAY_V2 if v2 else NO_DECAY)
-    elif not any(str(node.get('type')) in WEIGHTS for node in _dicts(model)):
+    elif not any(str(node.get('type')) in TYPES for node in _dicts(model)):
         raise InputError(f'the model of {cfg.filename} ({model.get("type")}) has no entry "backbone"')
     else:
         _rename_keys(cfg)
@@ -238,16 +222,14 @@ def _replace(owner: dict, arch: str, v2: bool, checkpoint: str | None, scope: st
     sizes = ARCHS[arch]
     new = [Level(sizes['embed_dims'] * 2**i, STRIDES[i]) for i in stages]
 
-    kind = 'swin_mm.SwinTransformerV2' if v2 else 'swin_mm.SwinTransformer'
-    file, options = WEIGHTS[kind][arch]
+    name = f'swinv2-{arch}-p4-w16' if v2 else f'swin-{arch}-p4-w7'
     owner['backbone'] = {
-        'type': kind,
-        'arch': arch,
-        **options,
+        **Config.fromfile(BACKBONES / f'{name}{"_in22k" * (arch == "l")}.py').swin.to_dict(),
         'drop_path_rate': RECIPES[scope].drop_path_rate[arch],
         'out_indices': tuple(stages),
-        'init_cfg': {'type': 'Pretrained', 'checkpoint': checkpoint or f'{_RELEASES}/{file}'},
     }
+    if checkpoint:
+        owner['backbone']['init_cfg']['checkpoint'] = checkpoint
     if backbone.get('with_cp'):
         owner['backbone']['with_cp'] = True
 
