@@ -41,10 +41,15 @@ def link(folder: Path) -> None:
     """Put the data sets where the configs look for them."""
     source = Path(os.environ['SWIN_MM_DATA'])
     (folder / 'data/ade').mkdir(parents=True)
-    (folder / 'data/coco').mkdir()
     for name in ('ade/ADEChallengeData2016', 'custom'):
         (folder / 'data' / name).symlink_to(source / 'coco_sem_cc')
-    for name in ('annotations', 'train2017', 'val2017'):
+    annotations = folder / 'data/coco/annotations'
+    # Stock configs of instance segmentation by Mask2Former name panoptic maps too, and never read them.
+    (annotations / 'panoptic_train2017').mkdir(parents=True)
+    (annotations / 'panoptic_val2017').mkdir()
+    for path in (source / 'coco_cc/annotations').iterdir():
+        (annotations / path.name).symlink_to(path)
+    for name in ('train2017', 'val2017'):
         (folder / 'data/coco' / name).symlink_to(source / 'coco_cc' / name)
     # HTC's second task, with every pixel of one class.
     things = folder / 'data/coco/stuffthingmaps/train2017'
@@ -59,8 +64,12 @@ def shrink(node, name: str = ''):
         return {key: shrink(value, key) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return type(node)(shrink(value, name) for value in node)
+    if name == 'scale_factor':
+        return node / SMALLER
     lengths = ('scale', 'scales', 'crop_size', 'img_scale', 'size', 'max_size')
-    return max(1, node // SMALLER) if name in lengths and isinstance(node, int) and node > 32 else node
+    if name in lengths and isinstance(node, int) and node > 32:
+        return max(32, node // SMALLER // 32 * 32)  # some necks need whole multiples of their largest stride
+    return node
 
 
 def small_config(name: str, folder: Path) -> Path:

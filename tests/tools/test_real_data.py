@@ -39,7 +39,8 @@ def test_mask_rcnn_on_coco(tmp_path, small):
             f'{part}_dataloader.dataset.pipeline.{at}.scale=(320,192)' for part, at in (('train', 2), ('val', 1))
         ]
         options += ['test_dataloader.dataset.pipeline.1.scale=(320,192)', 'test_dataloader.dataset.indices=16']
-    options += ['train_cfg.val_interval=2', 'default_hooks.logger.interval=1']  # the test run below validates
+    # Loops validate after the last iteration whatever their interval; the test run below shows the whole.
+    options += ['val_dataloader.dataset.indices=2', 'default_hooks.logger.interval=1']
     log = run_tool('train', DETECTION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     assert 'Epoch(train) [1][2/2]' in log
     arguments = ['run/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl', '--cfg-options', *options]
@@ -54,13 +55,14 @@ def test_upernet_on_ade20k_layout(tmp_path, small):
     options = [
         *FROM_NOTHING,
         'train_cfg.max_iters=2',
-        'train_cfg.val_interval=3',
+        'val_dataloader.dataset.indices=2',
         'default_hooks.checkpoint.interval=2',
     ]
     if small:
         options += ['train_dataloader.dataset.pipeline.2.scale=(512,128)', 'model.data_preprocessor.size=(128,128)']
         options += ['train_dataloader.dataset.pipeline.3.crop_size=(128,128)']
-        options += ['test_dataloader.dataset.pipeline.1.scale=(512,128)', 'test_dataloader.dataset.indices=8']
+        options += [f'{part}_dataloader.dataset.pipeline.1.scale=(512,128)' for part in ('val', 'test')]
+        options += ['test_dataloader.dataset.indices=8']
     run_tool('train', SEGMENTATION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     arguments = ['run/iter_2.pth', '--work-dir', 'test', '--out', 'masks', '--cfg-options', *options]
     run_tool('test', SEGMENTATION, *arguments, cwd=tmp_path, timeout=1800)
