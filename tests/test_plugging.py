@@ -413,3 +413,14 @@ def train_and_predict(cfg: Config, data: Path) -> None:
                 assert result.pred_sem_seg.data.shape[-2:] == tuple(result.ori_shape)
             else:
                 assert 'pred_instances' in result or 'pred_panoptic_seg' in result
+
+
+def test_nothing_is_left_behind_where_writing_fails(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, 'No space left on device')
+
+    before = load_config('mmdet::atss/atss_r50_fpn_1x_coco.py')
+    monkeypatch.setattr('os.replace', fail)
+    with pytest.raises(InputError, match='cannot be written: No space left'):
+        write(before, plug(before), tmp_path / 'new.py')
+    assert not list(tmp_path.iterdir())

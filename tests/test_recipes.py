@@ -9,6 +9,8 @@ from mmengine.config import Config
 from PIL import Image
 from tiny import ROOT, run_tool
 
+import swin_mm  # noqa: F401 (lets configs find those of mmdet and mmseg)
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif('SWIN_MM_DATA' not in os.environ, reason='SWIN_MM_DATA is not set'),
@@ -41,8 +43,12 @@ def link(folder: Path) -> None:
     """Put the data sets where the configs look for them."""
     source = Path(os.environ['SWIN_MM_DATA'])
     (folder / 'data/ade').mkdir(parents=True)
-    for name in ('ade/ADEChallengeData2016', 'custom'):
-        (folder / 'data' / name).symlink_to(source / 'coco_sem_cc')
+    (folder / 'data/ade/ADEChallengeData2016').symlink_to(source / 'coco_sem_cc')
+    for path in (source / 'coco_sem_cc/annotations').glob('*/*.png'):  # the template has three classes
+        place = folder / 'data/custom/annotations' / path.parent.name / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).point(lambda label: label % 4).save(place)
+    (folder / 'data/custom/images').symlink_to(source / 'coco_sem_cc/images')
     annotations = folder / 'data/coco/annotations'
     # Stock configs of instance segmentation by Mask2Former name panoptic maps too, and never read them.
     (annotations / 'panoptic_train2017').mkdir(parents=True)
