@@ -223,8 +223,15 @@ def _data_paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
             continue
         # An empty annotation file means none; an empty folder is data_root itself.
         for key, path in {'ann_file': node.get('ann_file') or None, **(node.get('data_prefix') or {})}.items():
+            if key == 'seg' and not _reads_segments(node.get('pipeline') or ()):
+                continue
             if isinstance(path, str) and not _is_remote(path := os.path.join(root, path)):
                 yield f'{name}: {key}', path or '.'
+
+
+def _reads_segments(pipeline: Any) -> bool:
+    """Whether mmdet will open the maps under ``seg``; its instance configs name them too and never do."""
+    return any(step.get('with_seg') or 'Panoptic' in str(step.get('type')) for step in _dicts(pipeline))
 
 
 def _unknown_options(cfg: Config, options: dict[str, Any]) -> Iterator[str]:

@@ -76,10 +76,27 @@ def test_looks_where_the_dataset_would(tmp_path):
     assert missing('train', here | {'data_root': '/nowhere', 'backend_args': {'backend': 'petrel'}}) is None
 
     assert f'{tmp_path}/b.json (train_dataloader: ann_file)' in missing('train', here | {'ann_file': 'b.json'})
-    both = {'type': 'ConcatDataset', 'datasets': [here, here | {'data_prefix': {'img': 'other', 'seg': 'masks'}}]}
+    other = {
+        'data_prefix': {'img': 'other', 'seg': 'masks'},
+        'pipeline': [{'type': 'LoadAnnotations', 'with_seg': True}],
+    }
+    both = {'type': 'ConcatDataset', 'datasets': [here, here | other]}
     error = missing('test', both)
     assert f'{tmp_path}/other (test_dataloader: img)' in error and f'{tmp_path}/masks (test_dataloader: seg)' in error
     assert '/nowhere.json (val_evaluator: ann_file)' in missing('val', here, ann_file='/nowhere.json')
+
+
+def test_maps_that_no_step_reads_need_not_be_there(tmp_path):
+    (tmp_path / 'images').mkdir()
+    node = {'data_root': str(tmp_path), 'data_prefix': {'img': 'images/', 'seg': 'panoptic/'}}
+
+    def check(step: str) -> None:
+        pipeline = [{'type': step, 'with_mask': True}]
+        cli.check_data(Config({'train_dataloader': {'dataset': node | {'pipeline': pipeline}}}), 'train')
+
+    check('LoadAnnotations')
+    with pytest.raises(cli.InputError, match='panoptic/ .train_dataloader: seg'):
+        check('LoadPanopticAnnotations')
 
 
 def test_exit_codes(parse, capsys):

@@ -87,6 +87,8 @@ def augment(cfg: Config) -> None:
 
 def leave_out_masks(cfg: Config) -> None:
     """Test boxes alone: mmdet's test-time augmentation refuses predictions with masks."""
+    if 'panoptic_head' in cfg.model:
+        raise cli.InputError(f'--tta: mmdet merges boxes alone, and {cfg.model.type} predicts masks; leave --tta out')
     heads = cfg.model.get('roi_head') or {}
     if heads.get('mask_head') is None:
         return

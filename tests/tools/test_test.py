@@ -3,11 +3,14 @@ import json
 import pickle
 
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from tiny import Bomb, last_checkpoint, run_tool
+
+from swin_mm import cli
 
 
 def metrics(work_dir):
@@ -91,3 +94,9 @@ def test_refuses_a_checkpoint_that_is_damaged_or_runs_code(tiny, refuse, trained
     torch.save({'state_dict': {}, 'meta': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
     assert 'bomb.pth wants to run code' in refuse('test', tiny.config, 'bomb.pth')
     assert not (tmp_path / 'exploded').exists()
+
+
+def test_augmentation_of_masks_alone_is_refused(tool):
+    cfg = Config({'default_scope': 'mmdet', 'model': {'type': 'Mask2Former', 'panoptic_head': {}}})
+    with pytest.raises(cli.InputError, match='merges boxes alone, and Mask2Former predicts masks'):
+        tool('test').augment(cfg)
