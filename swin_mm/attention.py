@@ -1,14 +1,15 @@
 """Window attention of V1 and V2: projections and position bias. The softmax is a kernel by name.
 
-B batch, nW windows per map, (Hw, Ww) window, N = Hw * Ww tokens, C channels, h heads, d = C / h head size.
+B batch, (H, W) map, (Hw, Ww) window, N = Hw * Ww tokens per window, C channels, h heads, d = C / h head size.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swin_mm.dense import Linear
+from swin_mm.derived import derived, evaluating
 from swin_mm.kernels import get_kernel
 from swin_mm.windows import Size, log_spaced_offsets, relative_index
 
@@ -44,8 +45,8 @@ class WindowAttention(nn.Module):
         self.scale = qk_scale or (dim // num_heads) ** -0.5
         self.attn_drop = attn_drop
         self.attend = get_kernel(kernel)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.add_position_parameters()
 
@@ -60,42 +61,50 @@ class WindowAttention(nn.Module):
         return self.relative_position_bias_table, self.window
 
     def position_bias(self, window: Size) -> Tensor:
-        """The bias of each pair of tokens of a window of this size, (h, N, N)."""
+        """The bias of each pair of tokens of a window of this size, (h, N, N). Do not write to it."""
+        if evaluating(self):
+            return derived(('bias', window), self.position_weights(), lambda: self._position_bias(window))
+        return self._position_bias(window)
+
+    def position_weights(self) -> tuple[Tensor, ...]:
+        """What the position bias is computed from."""
+        return (self.relative_position_bias_table,)
+
+    def _position_bias(self, window: Size) -> Tensor:
         table, table_window = self.bias_table(window)
         index = relative_index(window, table_window, table.device)
-        return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1)
+        return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).contiguous()
 
-    def project_qkv(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3C)."""
-        return self.qkv(x)
+    def qkv_bias(self) -> Tensor | None:
+        """The bias of the projection to q, k and v, (3C,), or None."""
+        return self.qkv.bias
 
-    def project(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values: (B * nW, Hw, Ww, C) -> (3, B * nW, h, N, d)."""
-        qkv = self.project_qkv(x).flatten(1, 2)  # (B * nW, N, 3C)
-        return qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def score_scale(self) -> float | Tensor:
+        """Factor on the scores as kernels take it."""
+        return self.scale
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend inside each window.
+    def forward(self, x: Tensor, window: Size, shift: Size = (0, 0)) -> Tensor:
+        """Attend inside each window of a map.
 
         Args:
-            x: (B * nW, Hw, Ww, C), windows no larger than ``window``.
-            mask: (nW, N, N), added to the scores, or None.
+            x: (B, H, W, C).
+            window: (Hw, Ww), no larger than ``self.window``.
+            shift: how far the windows are shifted, see :func:`swin_mm.windows.to_windows`.
 
         Returns:
             The shape of ``x``.
         """
-        q, k, v = self.project(x)
+        bias = self.qkv_bias()
+        qkv = self.qkv(x, bias)
+        # Padding comes before the projection: of a zero token, the bias remains.
+        pad = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias.to(qkv.dtype)
         dropout = self.attn_drop if self.training else 0.0
-        out = self.attend(q, k, v, self.position_bias(tuple(x.shape[1:3])), mask, self.scale, dropout)
-        out = out.transpose(1, 2).reshape(x.shape)  # (B * nW, h, N, d) -> (B * nW, Hw, Ww, C)
+        out = self.attend(qkv, pad, self.position_bias(window), window, shift, self.score_scale(), dropout)
         return self.proj_drop(self.proj(out))
 
 
 class WindowAttentionV2(WindowAttention):
     """Scaled cosine attention with a log-spaced continuous position bias (Swin V2, sections 3.3 and 3.4).
-
-    Cosine attention is ordinary attention on normalised q and k with q carrying the learned scale, so every kernel
-    serves it.
 
     Args:
         dim: C.
@@ -113,7 +122,6 @@ class WindowAttentionV2(WindowAttention):
         self, dim: int, window: Size, num_heads: int, pretrained_window: Size = (0, 0), qkv_bias: bool = True, **options
     ) -> None:
         super().__init__(dim, window, num_heads, qkv_bias=False, **options)
-        self.scale = 1.0
         self.pretrained_window = pretrained_window
         self.logit_scale = nn.Parameter(torch.full((num_heads, 1, 1), math.log(10.0)))
         # Keys have no bias: under cosine attention it would change their direction, not shift their scores.
@@ -131,15 +139,16 @@ class WindowAttentionV2(WindowAttention):
         table = self.cpb_mlp(log_spaced_offsets(window, whole, weight.dtype, weight.device)).flatten(0, 1)
         return self.BIAS_RANGE * table.sigmoid(), window
 
-    def project_qkv(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., 3C)."""
-        if self.q_bias is None:
-            return self.qkv(x)
-        return F.linear(x, self.qkv.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+    def position_weights(self) -> tuple[Tensor, ...]:
+        """What the position bias is computed from."""
+        return tuple(self.cpb_mlp.parameters())
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries of length logit_scale, keys of length 1, and values, each (B * nW, h, N, d)."""
-        q, k, v = super().project(x)
-        precise = torch.promote_types(v.dtype, torch.float32)  # squares of fp16 overflow
-        q, k = (F.normalize(t.to(precise), dim=-1) for t in (q, k))
-        return (q * self.logit_scale.clamp(max=self.MAX_LOGIT_SCALE).exp()).to(v.dtype), k.to(v.dtype), v
+    def qkv_bias(self) -> Tensor | None:
+        """The bias of the projection to q, k and v, (3C,), or None."""
+        if self.q_bias is None:
+            return None
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def score_scale(self) -> Tensor:
+        """Cosine attention's factor for each head, (h,)."""
+        return self.logit_scale.clamp(max=self.MAX_LOGIT_SCALE).exp().flatten()

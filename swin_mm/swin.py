@@ -5,7 +5,7 @@ Maps are (B, H, W, C) inside; NCHW appears only at the image and at the pyramid'
 Papers: V1 arXiv 2103.14030, V2 arXiv 2111.09883.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swin_mm.attention import WindowAttention, WindowAttentionV2
-from swin_mm.windows import Size, from_windows, region_mask, to_windows
+from swin_mm.dense import CHUNK, Linear, Mlp
+from swin_mm.derived import evaluating, forget
+from swin_mm.windows import Size
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
@@ -69,7 +71,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.stride = stride
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm(self.norm_dim(dim))
 
     @staticmethod
@@ -105,21 +107,6 @@ class PatchMergingV2(PatchMerging):
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map (stride 2), double the channels."""
         return self.norm(self.reduction(self.gather(x)))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with an activation between them."""
-
-    def __init__(self, dim: int, hidden: int, act: Act, drop: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.act = act()
-        self.fc2 = nn.Linear(hidden, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
 class SwinBlock(nn.Module):
@@ -158,27 +145,62 @@ class SwinBlock(nn.Module):
             (shift[0] if size[0] > window[0] else 0, shift[1] if size[1] > window[1] else 0),
         )
 
-    def attend(self, x: Tensor) -> Tensor:
-        """Attention over the windows of a map, (B, H, W, C) -> (B, H, W, C)."""
-        size = (x.shape[1], x.shape[2])
-        window, shift = self.fit(size)
-        mask = region_mask(size, window, shift, x.device) if any(shift) else None
-        windows = self.attn(to_windows(x, window, shift), mask)  # (B * nW, Hw, Ww, C)
-        return from_windows(windows, size, shift)
-
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.attend(self.norm1(x)))
+        window, shift = self.fit((x.shape[1], x.shape[2]))
+        if x.is_cpu and evaluating(self):
+            return self.by_bands(x, window, shift)
+        return self.whole(x, window, shift)
+
+    def whole(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """The block on a map, (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), window, shift))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def by_bands(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """The same, some rows of windows after the others, so that all between input and output stays in the cache."""
+        out = torch.empty_like(x)
+        images = max(CHUNK // (x.shape[1] * x.shape[2]), 1)
+        for part, result in zip(x.split(images), out.split(images), strict=True):
+            for rows, row_shift in bands(x.shape[1], window[0], shift[0], max(CHUNK // (window[0] * x.shape[2]), 1)):
+                band = torch.cat([part[:, r] for r in rows], 1) if len(rows) > 1 else part[:, rows[0]]
+                band = self.whole(band, window, (row_shift, shift[1]))
+                for r, done in zip(rows, band.split([r.stop - r.start for r in rows], 1), strict=True):
+                    result[:, r] = done
+        return out
 
 
 class SwinBlockV2(SwinBlock):
     """V2 norms each branch's result instead of its input (V2, section 3.2)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.norm1(self.attend(x)))
+    def whole(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """The block on a map, (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.norm1(self.attn(x, window, shift)))
         return x + self.drop_path(self.norm2(self.mlp(x)))
+
+
+def bands(height: int, window: int, shift: int, count: int) -> Iterator[tuple[list[slice], int]]:
+    """Rows of a map that a block can be run on by themselves, and the shift of their windows.
+
+    Args:
+        height: H.
+        window: Hw.
+        shift: how many rows the windows are shifted by.
+        count: rows of windows per band.
+
+    Yields:
+        The rows, as one slice, or as two where shifted windows join the map's top and bottom.
+    """
+    if height <= count * window:
+        yield [slice(0, height)], shift
+        return
+    whole = shift + (height - shift) // window * window  # where the rows of whole windows end
+    for start in range(shift, whole, count * window):
+        yield [slice(start, min(start + count * window, whole))], 0
+    if shift:
+        yield [slice(0, shift), slice(whole, height)], shift
+    elif whole < height:
+        yield [slice(whole, height)], 0
 
 
 class SwinStage(nn.Module):
@@ -336,6 +358,11 @@ class SwinPyramid(nn.Module):
                 raise ValueError(f'stage {i} has {dim} channels, which {heads} heads cannot share equally')
             if min(window) < 1:
                 raise ValueError(f'stage {i} has window {window}; a window is at least 1 by 1')
+
+    def train(self, mode: bool = True):
+        """Switch between training and evaluation. Returns self."""
+        forget(self.parameters())
+        return super().train(mode)
 
     def embed(self, image: Tensor) -> Tensor:
         """The map that the first stage takes, (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""

@@ -1,24 +1,53 @@
 """Token layout: from a map to windows and back, and which tokens of a window may see each other.
 
 B batch, (H, W) map, (Hw, Ww) window, nW windows per padded map, N = Hw * Ww tokens per window, C channels.
-Windows of one image are adjacent and in reading order: window n of image b is row b * nW + n.
+Windows of one image are adjacent and in reading order, and so are the tokens of a window: token t of window n of image
+b is [b * nW + n, t].
+
+:func:`to_windows` and :func:`from_windows` define the layout and are what compilers see, which make one pass of them.
+:func:`gather_windows` and :func:`scatter_windows` do the same in one pass each without a compiler.
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Size = tuple[int, int]
+Result = TypeVar('Result')
 
-MASKED = (
-    -100.0
-)  # what every published Swin adds to a forbidden score; not -inf, so that equal weights give equal numbers
-
-
+# What every published Swin adds to a forbidden score; not -inf, so that equal weights give equal numbers.
+MASKED = -100.0
 OFFSET_RANGE = 8.0  # V2 scales offsets to [-8, 8] before the logarithm of base 8
+
+
+def tracing() -> bool:
+    """Whether operators are being recorded: tensors made now belong to that record, and code must not look at sizes."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def _cached(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+    """Keep the last results, which nobody may write to; none made while tracing."""
+
+    def decorate(build: Callable[..., Result]) -> Callable[..., Result]:
+        def usable_in_training(*args: Any) -> Result:
+            with torch.inference_mode(False):  # else a tensor first built for inference could not serve training
+                return build(*args)
+
+        keep = lru_cache(entries)(usable_in_training)
+        return wraps(build)(lambda *args: build(*args) if tracing() else keep(*args))
+
+    return decorate
 
 
 def padded(size: Size, window: Size) -> Size:
@@ -26,36 +55,118 @@ def padded(size: Size, window: Size) -> Size:
     return size[0] + -size[0] % window[0], size[1] + -size[1] % window[1]
 
 
-def to_windows(x: Tensor, window: Size, shift: Size = (0, 0)) -> Tensor:
-    """Cut a map into windows: zero-pad at the bottom and right, shift cyclically to the top left, cut.
+def to_windows(x: Tensor, window: Size, shift: Size = (0, 0), pad: Tensor | None = None) -> Tensor:
+    """Cut a map into windows: pad at the bottom and right, shift cyclically to the top left, cut.
 
     Args:
         x: (B, H, W, C), any H and W.
         window: (Hw, Ww).
         shift: how far the windows lie from the map's corner, (0, 0) to (Hw - 1, Ww - 1).
+        pad: (C,), what a padding token is; zeros by default.
 
     Returns:
-        (B * nW, Hw, Ww, C).
+        (B * nW, N, C).
     """
     H, W = x.shape[1:3]
     Hp, Wp = padded((H, W), window)
-    if (Hp, Wp) != (H, W):
+    if tracing() or (Hp, Wp) != (H, W):
         x = F.pad(x, (0, 0, 0, Wp - W, 0, Hp - H))
+        if pad is not None:
+            rows, columns = (torch.arange(n, device=x.device) for n in (Hp, Wp))
+            x = torch.where(((rows < H)[:, None] & (columns < W))[..., None], x, pad)
     if any(shift):
         x = x.roll((-shift[0], -shift[1]), (1, 2))
-    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, Hp / Hw, Hw, Wp / Ww, Ww, C)
-    return x.transpose(2, 3).flatten(0, 2)
+    x = x.unflatten(2, (Wp // window[1], window[1])).unflatten(1, (Hp // window[0], window[0]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B, Hp / Hw, Wp / Ww, Hw, Ww, C) -> (B * nW, N, C)
 
 
-def from_windows(windows: Tensor, size: Size, shift: Size = (0, 0)) -> Tensor:
-    """Undo :func:`to_windows` for a map of ``size`` (H, W): (B * nW, Hw, Ww, C) -> (B, H, W, C)."""
-    Hw, Ww = windows.shape[1:3]
-    Hp, Wp = padded(size, (Hw, Ww))
-    x = windows.unflatten(0, (-1, Hp // Hw, Wp // Ww)).transpose(2, 3)  # (B, Hp / Hw, Hw, Wp / Ww, Ww, C)
-    x = x.flatten(3, 4).flatten(1, 2)
+def from_windows(windows: Tensor, size: Size, window: Size, shift: Size = (0, 0)) -> Tensor:
+    """Undo :func:`to_windows` for a map of ``size`` (H, W): (B * nW, N, C) -> (B, H, W, C)."""
+    Hp, Wp = padded(size, window)
+    x = windows.unflatten(1, window).unflatten(0, (-1, Hp // window[0], Wp // window[1])).transpose(2, 3)
+    x = x.flatten(3, 4).flatten(1, 2)  # (B, Hp / Hw, Hw, Wp / Ww, Ww, C) -> (B, Hp, Wp, C)
     if any(shift):
         x = x.roll(shift, (1, 2))
     return x[:, : size[0], : size[1]]
+
+
+class WindowMap(NamedTuple):
+    """Where tokens stand. A slot is a place for a token in the windows of one image, one of nW * N.
+
+    Args:
+        tokens: (nW * N,), the token of each slot, as its place in the flattened map; anything for padding.
+        slots: (H * W,), the slot of each token.
+        pads: the slots that hold padding.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+    pads: Tensor
+
+
+@_cached(64)
+def window_map(size: Size, window: Size, shift: Size, device: torch.device) -> WindowMap:
+    """The places of the tokens of a map of ``size`` (H, W)."""
+    tokens = torch.arange(1, size[0] * size[1] + 1).view(1, *size, 1)
+    tokens = to_windows(tokens, window, shift).flatten() - 1  # padding is -1
+    slots = torch.empty(size[0] * size[1], dtype=torch.int64)
+    real = tokens >= 0
+    slots[tokens[real]] = real.nonzero().flatten()
+    parts = (tokens.clamp(min=0), slots, (~real).nonzero().flatten())
+    return WindowMap(*(part.to(device) for part in parts))
+
+
+class _Gather(Function):
+    """The windows of a map; its gradient is a gather too, where that of an index is a scattered sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pad: Tensor, places: WindowMap) -> Tensor:
+        ctx.places = places
+        windows = x.index_select(1, places.tokens)
+        if len(places.pads):
+            windows[:, places.pads] = pad
+        return windows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        places = ctx.places
+        return grad.index_select(1, places.slots), grad[:, places.pads].sum((0, 1)), None
+
+
+class _Scatter(Function):
+    """The map of windows."""
+
+    @staticmethod
+    def forward(ctx: Any, windows: Tensor, places: WindowMap) -> Tensor:
+        ctx.places = places
+        return windows.index_select(1, places.slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        places = ctx.places
+        grad = grad.index_select(1, places.tokens)
+        if len(places.pads):
+            grad[:, places.pads] = 0
+        return grad, None
+
+
+def gather_windows(x: Tensor, window: Size, shift: Size, pad: Tensor) -> Tensor:
+    """:func:`to_windows` by index, in one pass, and so its gradient."""
+    if tracing():
+        return to_windows(x, window, shift, pad)
+    places = window_map((x.shape[1], x.shape[2]), window, shift, x.device)
+    return _Gather.apply(x.flatten(1, 2), pad, places).view(-1, window[0] * window[1], x.shape[3])
+
+
+def scatter_windows(windows: Tensor, size: Size, window: Size, shift: Size) -> Tensor:
+    """:func:`from_windows` by index, in one pass, and so its gradient."""
+    if tracing():
+        return from_windows(windows, size, window, shift)
+    places = window_map(size, window, shift, windows.device)
+    C = windows.shape[2]
+    return _Scatter.apply(windows.reshape(-1, len(places.tokens), C), places).view(-1, *size, C)
 
 
 def region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
@@ -67,23 +178,21 @@ def region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> 
     Returns:
         (nW, N, N), 0 where two tokens may see each other and ``MASKED`` where not. Cached: do not write to it.
     """
-    # Tensors made while a graph is traced belong to that trace and must not reach the cache.
-    build = _region_mask.__wrapped__ if torch.compiler.is_compiling() else _region_mask
-    return build(padded(size, window), window, shift, device)
+    return _region_mask(padded(size, window), window, shift, device)
 
 
-@lru_cache(maxsize=16)  # four stages at four sizes
+@_cached(16)  # four stages at four sizes
 def _region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # else a mask first built for inference could not serve training
-        rows, columns = (
-            (torch.arange(n, device=device) >= n - w).int() + (torch.arange(n, device=device) >= n - s).int()
-            for n, w, s in zip(size, window, shift, strict=True)
-        )
-        regions = 3 * rows[:, None] + columns
-        regions = to_windows(regions[None, :, :, None], window).flatten(1)  # (nW, N)
-        return (regions[:, None, :] != regions[:, :, None]) * MASKED
+    rows, columns = (
+        (torch.arange(n, device=device) >= n - w).int() + (torch.arange(n, device=device) >= n - s).int()
+        for n, w, s in zip(size, window, shift, strict=True)
+    )
+    regions = 3 * rows[:, None] + columns
+    regions = to_windows(regions[None, :, :, None], window).squeeze(2)  # (nW, N)
+    return (regions[:, None, :] != regions[:, :, None]) * MASKED
 
 
+@_cached(64)
 def relative_index(window: Size, table_window: Size, device: torch.device) -> Tensor:
     """Row of the bias table for each pair of tokens: the offset from the second token to the first.
 
@@ -96,19 +205,12 @@ def relative_index(window: Size, table_window: Size, device: torch.device) -> Te
     Returns:
         (N, N), int64. Cached: do not write to it.
     """
-    build = _relative_index.__wrapped__ if torch.compiler.is_compiling() else _relative_index
-    return build(window, table_window, device)
-
-
-@lru_cache(maxsize=64)
-def _relative_index(window: Size, table_window: Size, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        rows, columns = (torch.arange(n, device=device) for n in window)
-        rows = rows[:, None] - rows + table_window[0] - 1
-        columns = columns[:, None] - columns + table_window[1] - 1
-        # (Hw, 1, Hw, 1) and (1, Ww, 1, Ww) -> (Hw, Ww, Hw, Ww)
-        index = rows[:, None, :, None] * (2 * table_window[1] - 1) + columns[None, :, None, :]
-        return index.flatten(2).flatten(0, 1)
+    rows, columns = (torch.arange(n, device=device) for n in window)
+    rows = rows[:, None] - rows + table_window[0] - 1
+    columns = columns[:, None] - columns + table_window[1] - 1
+    # (Hw, 1, Hw, 1) and (1, Ww, 1, Ww) -> (Hw, Ww, Hw, Ww)
+    index = rows[:, None, :, None] * (2 * table_window[1] - 1) + columns[None, :, None, :]
+    return index.flatten(2).flatten(0, 1)
 
 
 def log_spaced_offsets(window: Size, whole: Size, dtype: torch.dtype = torch.float32, device=None) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import torch
 
 from swin_mm.attention import WindowAttention, WindowAttentionV2
+from swin_mm.kernels.reference import split_heads
 from swin_mm.windows import log_spaced_offsets
 
 
@@ -12,8 +13,9 @@ def test_v2_limits_its_scale_and_measures_directions_alone():
     attention = WindowAttentionV2(64, (4, 4), 2)
     with torch.no_grad():
         attention.logit_scale.copy_(torch.tensor([math.log(7.0), 6.0]).view(2, 1, 1))
-    windows = torch.randn(3, 4, 4, 64)
-    q, k, _ = attention.project(windows)
+    windows = attention.qkv(torch.randn(3, 16, 64))
+    q, k, _, factor = split_heads(windows, 2, attention.score_scale())
+    assert factor == 1
     torch.testing.assert_close(q.norm(dim=-1)[:, 0], torch.full((3, 16), 7.0))
     torch.testing.assert_close(q.norm(dim=-1)[:, 1], torch.full((3, 16), 100.0))
     torch.testing.assert_close(k.norm(dim=-1), torch.ones(3, 2, 16))
@@ -37,6 +39,6 @@ def test_v2_bias_is_bounded_and_zero_offset_has_coordinate_zero():
 def test_weights_are_dropped_in_training_only():
     for kind in (WindowAttention, WindowAttentionV2):
         attention = kind(64, (4, 4), 2, attn_drop=0.5, proj_drop=0.5)
-        windows = torch.randn(3, 4, 4, 64)
-        assert not torch.equal(attention.train()(windows), attention(windows))
-        assert torch.equal(attention.eval()(windows), attention(windows))
+        x = torch.randn(3, 8, 4, 64)
+        assert not torch.equal(attention.train()(x, (4, 4)), attention(x, (4, 4)))
+        assert torch.equal(attention.eval()(x, (4, 4)), attention(x, (4, 4)))

@@ -8,8 +8,9 @@ import torch
 from oracles import SMALL, randomise, relative_error
 from torch import nn
 
+from swin_mm import swin
 from swin_mm.kernels import reference
-from swin_mm.swin import ARCHS, DropPath, SwinPyramid, SwinPyramidV2
+from swin_mm.swin import ARCHS, DropPath, SwinPyramid, SwinPyramidV2, bands
 from swin_mm.windows import from_windows, region_mask, relative_index, to_windows
 
 SWIN_MM = Path(__file__).parents[1] / 'swin_mm'
@@ -29,9 +30,9 @@ def test_steps_of_the_paper():
         assert x.shape == (1, 56, 56, 96)
         assert x.flatten(1, 2)[0].shape == (3136, 96)
         windows = to_windows(plain.norm1(x), (7, 7))
-        assert windows.shape == (8 * 8, 7, 7, 96)
-        q, k, v = qkv = plain.attn.project(windows)
-        assert qkv.shape == (3, 64, 3, 49, 32)
+        assert windows.shape == (8 * 8, 49, 96)
+        q, k, v, _ = reference.split_heads(plain.attn.qkv(windows), 3, plain.attn.scale)
+        assert q.shape == k.shape == v.shape == (64, 3, 49, 32)
         bias = plain.attn.position_bias((7, 7))
         assert bias.shape == (3, 49, 49)
         scores = reference.scores(q, k, bias, None, plain.attn.scale)
@@ -42,12 +43,34 @@ def test_steps_of_the_paper():
             + plain.attn.relative_position_bias_table[relative_index((7, 7), (7, 7), x.device)[10, 40], 2],
         )
         attended = plain.attn.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(windows.shape))
-        back = from_windows(attended, (56, 56))
+        back = from_windows(attended, (56, 56), (7, 7))
         assert back[0].shape == (56, 56, 96)
-        torch.testing.assert_close(plain.attend(plain.norm1(x)), back)
+        torch.testing.assert_close(plain.attn(plain.norm1(x), (7, 7)), back)
         assert (shifted.shift, region_mask((56, 56), (7, 7), (3, 3), x.device).shape) == ((3, 3), (64, 49, 49))
         assert model.layers[0](x).shape == (1, 56, 56, 96)
         assert model.layers[0].downsample(x).shape == (1, 28, 28, 192)
+
+
+@pytest.mark.parametrize('height', [3, 7, 14, 15, 20, 41])
+@pytest.mark.parametrize('window, shift', [(7, 0), (7, 3), (4, 2), (1, 0)])
+def test_bands_hold_each_row_once_and_whole_windows(height, window, shift):
+    for count in (1, 2, 100):
+        parts = [rows for rows, _ in bands(height, window, shift, count)]
+        assert sorted(i for rows in parts for r in rows for i in range(r.start, r.stop)) == list(range(height))
+        assert all(sum(r.stop - r.start for r in rows) <= max(count, 2) * window for rows in parts)
+
+
+@BOTH
+@pytest.mark.parametrize('pad_small_map', [True, False])
+@pytest.mark.parametrize('size', [(130, 97), (64, 90), (30, 200), (12, 9)])
+def test_evaluation_by_bands_gives_the_same(pyramid, pad_small_map, size, monkeypatch):
+    model = small(pyramid, pad_small_map=pad_small_map).double().eval()
+    image = torch.randn(5, 3, *size, dtype=torch.float64)
+    expected = model(image)
+    monkeypatch.setattr(swin, 'CHUNK', 200)
+    with torch.no_grad():
+        for actual, whole in zip(model(image), expected, strict=True):
+            assert relative_error(actual, whole) < 1e-12
 
 
 @BOTH
@@ -57,7 +80,7 @@ def test_a_shifted_token_sees_exactly_its_own_region(pyramid):
     block = model.layers[0].blocks[1]
     x = torch.randn(1, 10, 9, 32, dtype=torch.float64, requires_grad=True)
     for row, column in [(0, 0), (1, 5), (5, 2), (9, 8), (2, 2)]:
-        (gradient,) = torch.autograd.grad(block.attend(x)[0, row, column].sum(), x)
+        (gradient,) = torch.autograd.grad(block.attn(x, block.attn.window, block.shift)[0, row, column].sum(), x)
         seen = gradient[0].abs().sum(-1) > 1e-30  # a masked score of -100 leaves e^-100
         # Windows lie two up and left of the grid of fours; the map's edges cut them.
         top, left = (row - 2) // 4 * 4 + 2, (column - 2) // 4 * 4 + 2
@@ -276,7 +299,7 @@ def test_archs_have_heads_of_32():
 
 def test_model_files_are_plain_torch():
     """The model can be read, tested and reused without OpenMMLab."""
-    files = [SWIN_MM / f'{name}.py' for name in ('windows', 'attention', 'swin')]
+    files = [SWIN_MM / f'{name}.py' for name in ('windows', 'derived', 'dense', 'attention', 'swin')]
     files += [*SWIN_MM.glob('kernels/*.py'), *SWIN_MM.glob('checkpoints/*.py')]
     assert len(files) >= 9
     for file in files:
@@ -286,6 +309,8 @@ def test_model_files_are_plain_torch():
                 assert not any(name.split('.')[0].startswith('mm') for name in names), file
                 allowed = (
                     'swin_mm.windows',
+                    'swin_mm.derived',
+                    'swin_mm.dense',
                     'swin_mm.attention',
                     'swin_mm.kernels',
                     'swin_mm.swin',

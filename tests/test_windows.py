@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from swin_mm.windows import MASKED, from_windows, padded, region_mask, relative_index, to_windows
+from swin_mm.windows import (
+    MASKED,
+    from_windows,
+    gather_windows,
+    padded,
+    region_mask,
+    relative_index,
+    scatter_windows,
+    to_windows,
+)
 
 CPU = torch.device('cpu')
 SIZES = [(56, 56), (7, 7), (1, 1), (5, 20), (20, 5), (13, 84), (14, 7)]
@@ -15,13 +24,33 @@ def test_from_windows_undoes_to_windows(size, window, shift):
     x = torch.randn(3, *size, 2)
     windows = to_windows(x, window, shift)
     Hp, Wp = padded(size, window)
-    assert windows.shape == (3 * Hp // window[0] * Wp // window[1], *window, 2)
-    assert torch.equal(from_windows(windows, size, shift), x)
+    assert windows.shape == (3 * Hp // window[0] * Wp // window[1], window[0] * window[1], 2)
+    assert torch.equal(from_windows(windows, size, window, shift), x)
+
+
+@pytest.mark.parametrize('size', SIZES)
+@pytest.mark.parametrize('window, shift', [((7, 7), (0, 0)), ((7, 7), (3, 3)), ((4, 6), (2, 3)), ((4, 6), (0, 5))])
+def test_by_index_equals_the_definition_and_so_do_gradients(size, window, shift):
+    x, pad = torch.randn(3, *size, 2, requires_grad=True), torch.randn(2, requires_grad=True)
+    expected = to_windows(x, window, shift, pad)
+    windows = gather_windows(x, window, shift, pad)
+    assert torch.equal(windows, expected)
+    weight = torch.randn_like(windows)
+    for a, e in zip(
+        *(torch.autograd.grad((w * weight).sum(), (x, pad), materialize_grads=True) for w in (windows, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e)
+    windows = windows.detach().requires_grad_()
+    back, expected = scatter_windows(windows, size, window, shift), from_windows(windows, size, window, shift)
+    assert torch.equal(back, expected)
+    weight = torch.randn_like(back)
+    assert torch.equal(*(torch.autograd.grad((b * weight).sum(), windows)[0] for b in (back, expected)))
 
 
 def test_windows_are_cut_in_reading_order_after_shift_and_padding():
     x = torch.arange(1, 4 * 5 + 1).view(1, 4, 5, 1)
-    windows = to_windows(x, (2, 3), (1, 1))[..., 0]
+    windows = to_windows(x, (2, 3), (1, 1)).view(4, 2, 3)
     # The map padded to 4 x 6, moved up and left by one, in four windows.
     assert windows[0].tolist() == [[7, 8, 9], [12, 13, 14]]
     assert windows[1].tolist() == [[10, 0, 6], [15, 0, 11]]
@@ -36,7 +65,7 @@ def test_tokens_see_their_own_region_only(size, window, shift):
     """By the definition: two tokens of a shifted window belong together if they are neighbours on the padded map."""
     Hp, Wp = padded(size, window)
     y, x = torch.meshgrid(torch.arange(Hp), torch.arange(Wp), indexing='ij')
-    positions = to_windows(torch.stack([y, x], -1)[None], window, shift).flatten(1, 2)  # (nW, N, 2)
+    positions = to_windows(torch.stack([y, x], -1)[None], window, shift)  # (nW, N, 2)
     apart = (positions[:, :, None] - positions[:, None]).abs()  # (nW, N, N, 2)
     together = ((apart[..., 0] < window[0]) & (apart[..., 1] < window[1])).float()
     mask = region_mask(size, window, shift, CPU)

@@ -1,0 +1,135 @@
+"""Linear layers and MLPs: PyTorch's, and on the CPU oneDNN's, which PyTorch itself uses in compiled code only.
+
+oneDNN's products are faster than those behind ``torch.nn.functional.linear``, add the bias and apply GELU while a
+result is in the cache, and take weights that were laid out for them beforehand.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from swin_mm.derived import derived, evaluating
+from swin_mm.windows import tracing
+
+CHUNK = 4096
+
+
+def _onednn_serves(x: Tensor, dtype: torch.dtype) -> bool:
+    if x.device.type != 'cpu' or tracing() or not torch.backends.mkldnn.is_available() or not x.numel():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """``x @ weight.T + bias``, then GELU; the weight plain or laid out for oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'gelu' if gelu else 'none', [], 'none')
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer computes in."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+class Linear(nn.Linear):
+    """``nn.Linear``, by oneDNN where that serves."""
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+        """(..., in_features) -> (..., out_features).
+
+        Args:
+            x: the input.
+            bias: in place of the layer's own.
+            gelu: apply GELU to the result.
+        """
+        bias = self.bias if bias is None else bias
+        dtype = _product_dtype(x)
+        if _onednn_serves(x, dtype):
+            if evaluating(self):
+                weight = derived(('packed', dtype), (self.weight,), lambda: self._packed(dtype))
+                return _product(x.to(dtype), weight, None if bias is None else bias.to(dtype), gelu)
+            if torch.is_grad_enabled() and not gelu and dtype == x.dtype == self.weight.dtype:
+                return _LinearFunction.apply(x, self.weight, bias)
+        y = F.linear(x, self.weight, bias)
+        return F.gelu(y) if gelu else y
+
+    def _packed(self, dtype: torch.dtype) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype), CHUNK)
+
+
+class _LinearFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad, weight.t().contiguous()) if wanted[0] else None,
+            rows.t() @ x.flatten(0, -2) if wanted[1] else None,
+            rows.sum(0) if wanted[2] else None,
+        )
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, dim: int, hidden: int, act: type[nn.Module], drop: float) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        layers = self.fc1, self.fc2
+        # Whoever has put other layers or an activation in place gets what these do.
+        plain = all(type(layer) is Linear for layer in layers) and type(self.act) is nn.GELU
+        if plain and self.act.approximate == 'none':
+            if evaluating(self):
+                return self.fc2(self.fc1(x, gelu=True))
+            dtypes = {_product_dtype(x), x.dtype, *(layer.weight.dtype for layer in layers)}
+            dropping = self.training and self.drop.p > 0
+            if torch.is_grad_enabled() and len(dtypes) == 1 and not dropping and _onednn_serves(x, x.dtype):
+                weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+                return _MlpFunction.apply(x.flatten(0, -2), *weights).view(x.shape)
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class _MlpFunction(Function):
+    """The MLP by chunks of tokens: one hidden tensor is kept instead of two, all others stay in the cache."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        out, hidden = torch.empty_like(x), []
+        for part, result in zip(x.split(CHUNK), out.split(CHUNK), strict=True):
+            hidden.append(_product(part, w1, b1))
+            result.copy_(_product(F.gelu(hidden[-1]), w2, b2))
+        ctx.save_for_backward(x, w1, w2, *hidden)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        x, w1, w2, *hidden = ctx.saved_tensors
+        w1_t, w2_t = w1.t().contiguous(), w2.t().contiguous()
+        grad_x, grad_w1, grad_w2, grad_b1 = (torch.zeros_like(t) for t in (x, w1, w2, w1[:, 0]))
+        parts = (t.split(CHUNK) for t in (x, grad, grad_x))
+        for h, part, g, result in zip(hidden, *parts, strict=True):
+            grad_w2.addmm_(g.t(), F.gelu(h))
+            grad_h = torch.ops.aten.gelu_backward(_product(g, w2_t), h)
+            grad_w1.addmm_(grad_h.t(), part)
+            grad_b1 += grad_h.sum(0)
+            result.copy_(_product(grad_h, w1_t))
+        return grad_x, grad_w1, grad_b1, grad_w2, grad.sum(0)
