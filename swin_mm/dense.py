@@ -4,6 +4,7 @@ oneDNN's products are faster than those behind ``torch.nn.functional.linear``, a
 result is in the cache, and take weights that were laid out for them beforehand.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from swin_mm.derived import derived, evaluating
 from swin_mm.windows import tracing
@@ -82,10 +84,19 @@ class _LinearFunction(Function):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them.
 
-    def __init__(self, dim: int, hidden: int, act: type[nn.Module], drop: float) -> None:
+    Args:
+        dim: C.
+        hidden: channels between the layers.
+        act: makes the activation.
+        drop: dropout behind each layer.
+        with_cp: compute the hidden channels again in the backward pass instead of keeping them.
+    """
+
+    def __init__(self, dim: int, hidden: int, act: Callable[[], nn.Module], drop: float, with_cp: bool = False) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.fc1 = Linear(dim, hidden)
         self.act = act()
         self.fc2 = Linear(hidden, dim)
@@ -93,6 +104,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         layers = self.fc1, self.fc2
         # Whoever has put other layers or an activation in place gets what these do.
         plain = all(type(layer) is Linear for layer in layers) and type(self.act) is nn.GELU

@@ -6,7 +6,7 @@ Papers: V1 arXiv 2103.14030, V2 arXiv 2111.09883.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from swin_mm.attention import WindowAttention, WindowAttentionV2
 from swin_mm.dense import CHUNK, Linear, Mlp
 from swin_mm.derived import evaluating, forget
-from swin_mm.windows import Size
+from swin_mm.windows import Size, tracing
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
@@ -60,7 +60,7 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Embed an image of any size, zero-padded at the bottom and right to whole patches."""
         H, W = image.shape[2:]
-        if H % self.patch[0] or W % self.patch[1]:
+        if tracing() or H % self.patch[0] or W % self.patch[1]:
             image = F.pad(image, (0, -W % self.patch[1], 0, -H % self.patch[0]))
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
@@ -84,9 +84,8 @@ class PatchMerging(nn.Module):
         H, W = x.shape[1:3]
         s = self.stride
         # Positions needed so that the last neighbourhood is whole; never fewer than there are.
-        bottom = max((H - 1) // s * s + 2 - H, 0)
-        right = max((W - 1) // s * s + 2 - W, 0)
-        if bottom or right:
+        bottom, right = ((-n % 2) if s == 2 else max((n - 1) // s * s + 2 - n, 0) for n in (H, W))
+        if tracing() or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         rows, columns = (H - 1) // s * s + 1, (W - 1) // s * s + 1  # extent of the neighbourhoods' first corners
         return torch.cat([x[:, i : i + rows : s, j : j + columns : s] for j in (0, 1) for i in (0, 1)], -1)
@@ -249,7 +248,8 @@ class SwinPyramid(nn.Module):
         pretrain_img_size: image side, or (height, width), that the absolute embedding is made for.
         act: makes the MLP's activation.
         norm: makes a norm over the last axis for a number of channels.
-        with_cp: recompute each block in the backward pass instead of keeping its intermediate tensors.
+        with_cp: recompute in the backward pass instead of keeping intermediate tensors: True for those of every block,
+            one truth value per stage for those of its blocks, 'mlp' for the hidden channels of every MLP.
         pad_small_map: see :class:`SwinBlock`.
         attention: name of the attention kernel, see :mod:`swin_mm.kernels`.
 
@@ -283,7 +283,7 @@ class SwinPyramid(nn.Module):
         pretrain_img_size: int | Size = 224,
         act: Act = nn.GELU,
         norm: Norm = nn.LayerNorm,
-        with_cp: bool = False,
+        with_cp: bool | Literal['mlp'] | Sequence[bool] = False,
         pad_small_map: bool = True,
         attention: str = 'auto',
     ) -> None:
@@ -303,6 +303,9 @@ class SwinPyramid(nn.Module):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
+        checkpointed = [with_cp is True] * stages if isinstance(with_cp, bool | str) else list(with_cp)
+        if (isinstance(with_cp, str) and with_cp != 'mlp') or len(checkpointed) != stages:
+            raise ValueError(f"with_cp={with_cp!r}: expected a truth value, one for each of {stages} stages, or 'mlp'")
         drop_path = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         last = max(self.out_indices)
         self.layers = nn.ModuleList()
@@ -324,14 +327,14 @@ class SwinPyramid(nn.Module):
                     shift=(window[0] // 2, window[1] // 2) if j % 2 else (0, 0),
                     pad_small_map=pad_small_map,
                     dim=dim,
-                    mlp=Mlp(dim, int(mlp_ratio * dim), act, drop_rate),
+                    mlp=Mlp(dim, int(mlp_ratio * dim), act, drop_rate, with_cp == 'mlp'),
                     norm=norm,
                     drop_path=next(drop_path),
                 )
                 for j in range(depths[i])
             ]
             merge = self.merging_type(dim, strides[i + 1], norm if patch_norm else nn.Identity) if i < last else None
-            self.layers.append(SwinStage(blocks, merge, with_cp))
+            self.layers.append(SwinStage(blocks, merge, checkpointed[i]))
         for i in self.out_indices:
             self.add_module(f'norm{i}', norm(self.num_features[i]))
         self.apply(_init_linear)
