@@ -10,17 +10,21 @@ import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 
 from swin_mm.checkpoints import CheckpointError, read_checkpoint, unwrap
+from swin_mm.distributed import join_on_cpu
 from swin_mm.doctor import SCOPES, DependencyError, require
+
+_DET_TTA = {'type': 'DetTTAModel', 'tta_cfg': {'nms': {'type': 'nms', 'iou_threshold': 0.5}, 'max_per_img': 100}}
 
 
 class InputError(ValueError):
@@ -35,11 +39,16 @@ class Stopped(KeyboardInterrupt):
         self.code = 128 + signal_number
 
 
-def parser(description: str) -> ArgumentParser:
-    """The arguments that all tools on a config have, with the names that mmdet and mmseg use."""
-    result = ArgumentParser(description=description)
+def parser(description: str, runner: bool = True, **kwargs: Any) -> ArgumentParser:
+    """The arguments that all tools on a config have, with the names that mmdet and mmseg use.
+
+    Args:
+        description: What the tool does.
+        runner: Whether it builds mmengine's Runner, which wants a work_dir and a launcher.
+        kwargs: More for ArgumentParser.
+    """
+    result = ArgumentParser(description=description, **kwargs)
     result.add_argument('config', help='config file')
-    result.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
     result.add_argument(
         '--cfg-options',
         nargs='+',
@@ -48,10 +57,13 @@ def parser(description: str) -> ArgumentParser:
         metavar='KEY=VALUE',
         help='change settings of the config: model.backbone.with_cp=True, or lists as key="[a,b]" or key=a,b',
     )
+    result.add_argument('--debug', action='store_true', help='show where an error arose')
+    if not runner:
+        return result
+    result.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
     result.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     # torchrun and its forerunners pass the rank by one of these names or in the environment.
     result.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
-    result.add_argument('--debug', action='store_true', help='show where an error arose')
     return result
 
 
@@ -104,7 +116,7 @@ def load_config(name: str | Path) -> Config:
 
 
 def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg: cfg) -> Config:
-    """Read the config that ``parser`` was given, with its options, work_dir and launcher set.
+    """Read the config that ``parser`` was given, with its options and, for a runner, work_dir and launcher set.
 
     Args:
         args: what ``parser`` gives.
@@ -122,9 +134,13 @@ def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg
     except Exception as error:
         raise InputError(f'--cfg-options does not fit the config: {_one_line(error)}') from error
 
+    if 'launcher' not in args:
+        return cfg
     cfg.launcher = args.launcher
-    if args.launcher != 'none' and get_device() == 'cpu':
-        raise InputError(f'--launcher {args.launcher} needs GPUs and torch sees none; leave it out to run on the CPU')
+    if args.launcher in ('slurm', 'mpi') and get_device() == 'cpu':
+        raise InputError(f'--launcher {args.launcher} needs GPUs and torch sees none; on CPUs use tools/dist_train.sh')
+    if args.launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise InputError('--launcher pytorch is for processes that torchrun starts; use tools/dist_train.sh')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
     return cfg
@@ -185,15 +201,71 @@ def use_safe_reader() -> None:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build mmengine's Runner, or the one that ``runner_type`` names.
+    """Build mmengine's Runner, or the one that ``runner_type`` names. On CPUs join the other ranks, if any, first.
 
     Raises:
         InputError: something in the config cannot be built.
     """
+    if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
+        join_on_cpu(cfg)
     try:
         return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     except Exception as error:
         raise InputError(f'{cfg.filename} cannot be built: {_one_line(error)} (--debug shows where)') from error
+
+
+def augment(cfg: Config) -> None:
+    """Wrap the model in its library's test-time augmentation: a flip, unless the config says otherwise."""
+    if cfg.default_scope == 'mmdet':
+        _leave_out_masks(cfg)
+        model, pack = _DET_TTA, 'PackDetInputs'
+    else:
+        model, pack = {'type': 'SegTTAModel'}, 'PackSegInputs'
+    dataset = test_dataset(cfg)
+    # Unflipped first: the merged prediction keeps the ground truth of the first view.
+    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
+    default = [*dataset.pipeline[:-1], dict(type='TestTimeAug', transforms=[flips, [dict(type=pack)]])]
+    dataset.pipeline = cfg.get('tta_pipeline') or default
+    cfg.model = dict(cfg.get('tta_model') or model, module=cfg.model)
+
+
+def test_dataset(cfg: Config) -> ConfigDict:
+    """What the wrappers of the dataset to test on are around."""
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def _leave_out_masks(cfg: Config) -> None:
+    """Test boxes alone: mmdet's test-time augmentation refuses predictions with masks."""
+    if 'panoptic_head' in cfg.model:
+        raise InputError(f'--tta: mmdet merges boxes alone, and {cfg.model.type} predicts masks; leave --tta out')
+    heads = cfg.model.get('roi_head') or {}
+    if heads.get('mask_head') is None:
+        return
+    print('note: test-time augmentation of mmdet merges boxes only, masks are left out')
+    heads.mask_head = heads.mask_roi_extractor = None
+    for evaluator in as_list(cfg.test_evaluator):
+        if 'segm' in evaluator.get('metric', ()):
+            evaluator.metric = ['bbox']
+
+
+def as_list(evaluators: dict | list) -> list:
+    """A config may name one evaluator or several."""
+    return evaluators if isinstance(evaluators, list) else [evaluators]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, of the same suffix; it takes the place of ``path`` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{os.getpid()}_{path.name}')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _one_line(error: BaseException) -> str:
@@ -223,13 +295,13 @@ def _data_paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
             continue
         # An empty annotation file means none; an empty folder is data_root itself.
         for key, path in {'ann_file': node.get('ann_file') or None, **(node.get('data_prefix') or {})}.items():
-            if key == 'seg' and not _reads_segments(node.get('pipeline') or ()):
+            if key == 'seg' and not reads_segments(node.get('pipeline') or ()):
                 continue
             if isinstance(path, str) and not _is_remote(path := os.path.join(root, path)):
                 yield f'{name}: {key}', path or '.'
 
 
-def _reads_segments(pipeline: Any) -> bool:
+def reads_segments(pipeline: Any) -> bool:
     """Whether mmdet will open the maps under ``seg``; its instance configs name them too and never do."""
     return any(step.get('with_seg') or 'Panoptic' in str(step.get('type')) for step in _dicts(pipeline))
 

@@ -4,13 +4,14 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import all_reduce, barrier, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint
 
 from swin_mm.cli import Stopped
 
@@ -29,6 +30,7 @@ class InterruptHook(Hook):
 
     def __init__(self) -> None:
         self._signal = 0
+        self._stopping: dict[str, int] = {}
         self._previous: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
@@ -42,8 +44,8 @@ class InterruptHook(Hook):
             signal.signal(number, handler)
 
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
-        """Stop here if asked to; the loop counts this iteration only after its hooks."""
-        if self._asked_anywhere():
+        """Stop here if asked to, but not amid accumulated gradients; the loop counts this iteration after its hooks."""
+        if self._asked_anywhere() and runner.optim_wrapper.should_update():
             self.stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, **_: Any) -> None:
@@ -63,18 +65,21 @@ class InterruptHook(Hook):
             self.stop(runner, runner.iter)
 
     def stop(self, runner: Runner, iteration: int) -> None:
-        """Save a checkpoint after ``iteration`` iterations, atomically, and raise ``Stopped``."""
+        """Save a checkpoint after ``iteration`` iterations and raise ``Stopped``."""
         path = Path(runner.work_dir, FILENAME)
-        half, half_pointer = path.with_suffix('.tmp'), path.with_name('last_checkpoint.tmp')
-        runner.save_checkpoint(str(path.parent), half.name, meta={'epoch': runner.epoch, 'iter': iteration})
+        self._stopping = {'epoch': runner.epoch, 'iter': iteration}
+        runner.save_checkpoint(runner.work_dir, FILENAME)
         if is_main_process():
-            half.replace(path)
-            half_pointer.write_text(str(path))
-            half_pointer.replace(path.with_name('last_checkpoint'))
+            WholeFiles().put(str(path).encode(), path.with_name('last_checkpoint'))
+        barrier()  # launchers end the job as soon as the first rank has ended
         raise Stopped(
             f'stopped at iteration {iteration} and saved {path}; to go on, run the same command with --resume',
             self._signal,
         )
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Say where it stopped; runners assume the end of an iteration or an epoch."""
+        checkpoint['meta'].update(self._stopping)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -120,6 +125,40 @@ class ContinuedEpochLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
 
+class WholeFiles(LocalBackend):
+    """Files are there whole or not at all, and what is to be removed stays until the next one is there.
+
+    mmengine writes checkpoints in place, and deletes those that ``max_keep_ckpts`` has no room for beforehand.
+    """
+
+    _doomed: ClassVar[set[str]] = set()
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write a file."""
+        half = Path(f'{filepath}.half')  # one name, so that what a killed run leaves is overwritten by the next
+        super().put(obj, half)
+        with half.open() as file:
+            os.fsync(file.fileno())  # for the case that the machine goes down
+        half.replace(filepath)
+        for path in self._doomed - {str(filepath)}:
+            super().remove(path)
+        self._doomed.clear()
+
+    def remove(self, filepath: str | Path) -> None:
+        """Remove a file after the next ``put``."""
+        self._doomed.add(str(filepath))
+
+
+def last_checkpoint(work_dir: str) -> str | None:
+    """The checkpoint to go on from, if there is one."""
+    if (named := find_latest_checkpoint(work_dir)) != '':
+        return named
+    # The run was killed while it wrote the name. The best ones have no optimizer.
+    found = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
+    return str(max(found, key=os.path.getmtime)) if found else None
+
+
 def install() -> None:
-    """Let every config that names mmengine's EpochBasedTrainLoop have ours, without a change to the config."""
+    """Let every config that names mmengine's EpochBasedTrainLoop have ours, and every checkpoint be written whole."""
     LOOPS.register_module(name='EpochBasedTrainLoop', module=ContinuedEpochLoop, force=True)
+    register_backend('local', WholeFiles, force=True, prefixes='')

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from swin_mm.attention import WindowAttention, WindowAttentionV2
 from swin_mm.dense import CHUNK, Linear, Mlp
 from swin_mm.derived import evaluating, forget
-from swin_mm.windows import Size, tracing
+from swin_mm.windows import Size, padded, tracing
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
@@ -60,8 +60,9 @@ class PatchEmbed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Embed an image of any size, zero-padded at the bottom and right to whole patches."""
         H, W = image.shape[2:]
-        if tracing() or H % self.patch[0] or W % self.patch[1]:
-            image = F.pad(image, (0, -W % self.patch[1], 0, -H % self.patch[0]))
+        Hp, Wp = padded((H, W), self.patch)
+        if tracing() or (Hp, Wp) != (H, W):
+            image = F.pad(image, (0, Wp - W, 0, Hp - H))
         return self.norm(self.proj(image).permute(0, 2, 3, 1))
 
 
@@ -83,12 +84,13 @@ class PatchMerging(nn.Module):
         """The four neighbours as channels, column by column: (B, H, W, C) -> (B, H / stride, W / stride, 4C)."""
         H, W = x.shape[1:3]
         s = self.stride
-        # Positions needed so that the last neighbourhood is whole; never fewer than there are.
-        bottom, right = ((-n % 2) if s == 2 else max((n - 1) // s * s + 2 - n, 0) for n in (H, W))
+        rows, columns = (H + s - 1) // s, (W + s - 1) // s
+        # The neighbourhoods, whole, and what lies between the last and the next.
+        bottom, right = (rows - 1) * s + max(s, 2) - H, (columns - 1) * s + max(s, 2) - W
         if tracing() or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        rows, columns = (H - 1) // s * s + 1, (W - 1) // s * s + 1  # extent of the neighbourhoods' first corners
-        return torch.cat([x[:, i : i + rows : s, j : j + columns : s] for j in (0, 1) for i in (0, 1)], -1)
+        ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # of the neighbourhoods' first corners
+        return torch.cat([x[:, i : i + ends[0] : s, j : j + ends[1] : s] for j in (0, 1) for i in (0, 1)], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve the map (stride 2), double the channels."""

@@ -52,7 +52,8 @@ def _cached(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Res
 
 def padded(size: Size, window: Size) -> Size:
     """The smallest multiple of the window that holds the map."""
-    return size[0] + -size[0] % window[0], size[1] + -size[1] % window[1]
+    # Written so that symbolic sizes stay simple.
+    return (size[0] + window[0] - 1) // window[0] * window[0], (size[1] + window[1] - 1) // window[1] * window[1]
 
 
 def to_windows(x: Tensor, window: Size, shift: Size = (0, 0), pad: Tensor | None = None) -> Tensor:

@@ -8,8 +8,7 @@ from mmengine.config import Config
 
 from swin_mm import cli
 from swin_mm.checkpoints import read_checkpoint
-
-DET_TTA = {'type': 'DetTTAModel', 'tta_cfg': {'nms': {'type': 'nms', 'iou_threshold': 0.5}, 'max_per_img': 100}}
+from swin_mm.cli import as_list, augment
 
 
 def parse_args() -> Namespace:
@@ -66,42 +65,6 @@ def save_predictions(cfg: Config, out: str) -> None:
         if path.suffix in ('.pkl', '.pickle') or path.is_file():
             raise cli.InputError(f'--out {out}: predictions of a segmentor are one PNG per image, name a folder')
         as_list(cfg.test_evaluator)[0].output_dir = out
-
-
-def augment(cfg: Config) -> None:
-    """Wrap the model in its library's test-time augmentation: a flip, unless the config says otherwise."""
-    if cfg.default_scope == 'mmdet':
-        leave_out_masks(cfg)
-        model, pack = DET_TTA, 'PackDetInputs'
-    else:
-        model, pack = {'type': 'SegTTAModel'}, 'PackSegInputs'
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    # Unflipped first: the merged prediction keeps the ground truth of the first view.
-    flips = [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)]
-    default = [*dataset.pipeline[:-1], dict(type='TestTimeAug', transforms=[flips, [dict(type=pack)]])]
-    dataset.pipeline = cfg.get('tta_pipeline') or default
-    cfg.model = dict(cfg.get('tta_model') or model, module=cfg.model)
-
-
-def leave_out_masks(cfg: Config) -> None:
-    """Test boxes alone: mmdet's test-time augmentation refuses predictions with masks."""
-    if 'panoptic_head' in cfg.model:
-        raise cli.InputError(f'--tta: mmdet merges boxes alone, and {cfg.model.type} predicts masks; leave --tta out')
-    heads = cfg.model.get('roi_head') or {}
-    if heads.get('mask_head') is None:
-        return
-    print('note: test-time augmentation of mmdet merges boxes only, masks are left out')
-    heads.mask_head = heads.mask_roi_extractor = None
-    for evaluator in as_list(cfg.test_evaluator):
-        if 'segm' in evaluator.get('metric', ()):
-            evaluator.metric = ['bbox']
-
-
-def as_list(evaluators: dict | list) -> list:
-    """A config may name one evaluator or several."""
-    return evaluators if isinstance(evaluators, list) else [evaluators]
 
 
 if __name__ == '__main__':

@@ -1,16 +1,18 @@
 """Train a detector or a segmentor: python tools/train.py CONFIG."""
 
+import importlib.util
 import sys
 from argparse import Namespace
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import find_latest_checkpoint
 
 from swin_mm import cli, interrupt
 from swin_mm.checkpoints import read_checkpoint
 from swin_mm.plug import plug
 from swin_mm.swin import ARCHS
+
+VIS_BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}
 
 
 def parse_args() -> Namespace:
@@ -18,6 +20,13 @@ def parse_args() -> Namespace:
     parser = cli.parser('Train a detector or a segmentor')
     parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
+    parser.add_argument(
+        '--vis',
+        choices=sorted(VIS_BACKENDS),
+        action='append',
+        default=[],
+        help='log to TensorBoard (in the work_dir) or Weights & Biases too',
+    )
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -49,6 +58,10 @@ def main(args: Namespace) -> None:
                 'auto_scale_lr = dict(base_batch_size=16) in the config'
             )
         cfg.auto_scale_lr.enable = True
+        # mmengine compares this with the batches of one iteration.
+        cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
+    for package in args.vis:
+        log_to(cfg, package)
     cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_cfg') else []))
     cli.use_safe_reader()
     set_start(cfg, args.resume)
@@ -57,12 +70,20 @@ def main(args: Namespace) -> None:
     interrupt.InterruptHook().train(cli.build_runner(cfg))
 
 
+def log_to(cfg: Config, package: str) -> None:
+    """Add mmengine's writer for a package to the visualizer."""
+    if importlib.util.find_spec(package) is None:
+        raise cli.InputError(f'--vis {package} needs the package {package}; install it with: pip install {package}')
+    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
+    visualizer.vis_backends.append(dict(type=VIS_BACKENDS[package]))
+
+
 def set_start(cfg: Config, resume: str | None) -> None:
     """Say in the config what training starts from, and read that now: an error after minutes of building is late."""
     if resume is None and cfg.get('resume') and not cfg.get('load_from'):
         resume = 'auto'
     if resume == 'auto':
-        resume = find_latest_checkpoint(cfg.work_dir)
+        resume = interrupt.last_checkpoint(cfg.work_dir)
         if resume is None:
             print(f'nothing to resume in {cfg.work_dir}: training starts anew')
     if resume is not None:

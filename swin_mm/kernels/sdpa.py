@@ -94,7 +94,7 @@ class _AttentionOnCpu(Function):
 # take it minutes to work out.
 
 
-@torch.library.custom_op('swin_mm::window_attention', mutates_args=())
+@torch.library.custom_op('swin_mm::sdpa_attention', mutates_args=())
 def _compiled(
     qkv: Tensor,
     pad: Tensor,
@@ -113,7 +113,7 @@ def _(qkv: Tensor, pad: Tensor, bias: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
-@torch.library.custom_op('swin_mm::window_attention_backward', mutates_args=())
+@torch.library.custom_op('swin_mm::sdpa_attention_backward', mutates_args=())
 def _compiled_backward(
     grad: Tensor,
     qkv: Tensor,
