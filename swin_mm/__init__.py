@@ -1,7 +1,13 @@
 """Swin Transformer V1 and V2 for OpenMMLab. Importing this package registers its modules in scope ``swin_mm``."""
 
-from swin_mm.backbone import SwinTransformer, SwinTransformerV2
-from swin_mm.optim import LayerDecayOptimWrapperConstructor
+from importlib.util import find_spec
+
 from swin_mm.version import __version__
 
-__all__ = ['LayerDecayOptimWrapperConstructor', 'SwinTransformer', 'SwinTransformerV2', '__version__']
+__all__ = ['__version__']
+
+if find_spec('mmengine'):  # without it there is the plain model, swin_mm.swin
+    from swin_mm.backbone import SwinTransformer, SwinTransformerV2
+    from swin_mm.optim import LayerDecayOptimWrapperConstructor
+
+    __all__ += ['LayerDecayOptimWrapperConstructor', 'SwinTransformer', 'SwinTransformerV2']

@@ -328,3 +328,27 @@ def test_layers_start_as_in_the_official_code():
             assert module.bias is None or not module.bias.any()
     assert 0.015 < model.layers[0].blocks[0].attn.relative_position_bias_table.std() < 0.025
     assert 0.015 < model.absolute_pos_embed.std() < 0.025
+
+
+def test_checkpointing_keeps_less_and_gives_the_same_gradients():
+    def kept_and_gradients(with_cp):
+        model = small(SwinPyramid, with_cp=with_cp, depths=(1, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(1,))
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):
+            loss = (model(torch.ones(1, 3, 64, 72))[0] ** 3).mean()
+        return sum(storages.values()), torch.autograd.grad(loss, list(model.parameters()))
+
+    everything, expected = kept_and_gradients(False)
+    kept = {with_cp: kept_and_gradients(with_cp) for with_cp in (True, (True, False), 'mlp')}
+    assert kept[True][0] < kept[True, False][0] < everything and kept[True][0] < kept['mlp'][0] < everything
+    for _, gradients in kept.values():
+        for a, e in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize('with_cp', ['attention', (True, False, True)])
+def test_unknown_checkpointing_is_refused(with_cp):
+    with pytest.raises(ValueError, match="one for each of 4 stages, or 'mlp'"):
+        small(SwinPyramid, with_cp=with_cp)
