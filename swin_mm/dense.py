@@ -20,8 +20,11 @@ from swin_mm.windows import tracing
 CHUNK = 4096
 
 
-def _onednn_serves(x: Tensor, dtype: torch.dtype) -> bool:
-    if x.device.type != 'cpu' or tracing() or not torch.backends.mkldnn.is_available() or not x.numel():
+def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
+    if x.device.type != 'cpu' or type(x) is not Tensor or tracing() or not torch.backends.mkldnn.is_available():
+        return False
+    dtype = _product_dtype(x)
+    if not x.numel() or (dtype != weight.dtype and not torch.is_autocast_enabled('cpu')):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -50,8 +53,8 @@ class Linear(nn.Linear):
             gelu: apply GELU to the result.
         """
         bias = self.bias if bias is None else bias
-        dtype = _product_dtype(x)
-        if _onednn_serves(x, dtype):
+        if _onednn_serves(x, self.weight):
+            dtype = _product_dtype(x)
             if evaluating(self):
                 weight = derived(('packed', dtype), (self.weight,), lambda: self._packed(dtype))
                 return _product(x.to(dtype), weight, None if bias is None else bias.to(dtype), gelu)
@@ -115,9 +118,9 @@ class Mlp(nn.Module):
         if plain and self.act.approximate == 'none':
             if evaluating(self):
                 return self.fc2(self.fc1(x, gelu=True))
-            dtypes = {_product_dtype(x), x.dtype, *(layer.weight.dtype for layer in layers)}
             dropping = self.training and self.drop.p > 0
-            if torch.is_grad_enabled() and len(dtypes) == 1 and not dropping and _onednn_serves(x, x.dtype):
+            mixed = len({_product_dtype(x), x.dtype, self.fc1.weight.dtype}) > 1
+            if torch.is_grad_enabled() and not (dropping or mixed) and _onednn_serves(x, self.fc1.weight):
                 weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
                 return _MlpFunction.apply(x.flatten(0, -2), *weights).view(x.shape)
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

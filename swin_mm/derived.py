@@ -31,7 +31,8 @@ def derived(name: Hashable, weights: tuple[Tensor, ...], compute: Callable[[], R
             changes neither, which is why :func:`forget` is called wherever a model changes its mode.
         compute: its result must not be written to.
     """
-    if any(weight.is_inference() for weight in weights):  # these have no version
+    # Subclasses stand for something else, and what was made for inference has no version.
+    if any(type(weight) not in (Tensor, nn.Parameter) or weight.is_inference() for weight in weights):
         return compute()
     state = tuple((weight.data_ptr(), weight._version) for weight in weights)
     results = _kept.setdefault(weights[0], {})

@@ -28,10 +28,11 @@ OFFSET_RANGE = 8.0  # V2 scales offsets to [-8, 8] before the logarithm of base 
 
 
 def tracing() -> bool:
-    """Whether operators are being recorded: tensors made now belong to that record, and code must not look at sizes."""
+    """Whether operators are being recorded or transformed: tensors made now belong to that and must not be kept."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
