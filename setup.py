@@ -30,6 +30,7 @@ setup(
         'swin_mm': [
             '.mim/model-index.yml',
             '.mim/tools/*.py',
+            '.mim/tools/*.sh',
             *(f'.mim/configs/{depth}*.{suffix}' for depth in ('', '*/', '*/*/') for suffix in ('py', 'yml', 'md')),
         ]
     },
@@ -40,7 +41,15 @@ setup(
         'all': ALL,
         'hub': ['huggingface_hub'],  # hf:// addresses of weights
         # transformers: the reference that V2 is tested against; scikit-learn: the pictures of the demo.
-        'dev': ['huggingface_hub', 'pytest', 'pytest-xdist', 'ruff', 'scikit-learn', 'transformers>=4.45'],
+        'dev': [
+            'huggingface_hub',
+            'pytest',
+            'pytest-xdist',
+            'ruff',
+            'scikit-learn',
+            'transformers>=4.45',
+            'triton; platform_system == "Linux"',  # interprets and compiles the kernels without a GPU
+        ],
     },
     zip_safe=False,
     classifiers=[

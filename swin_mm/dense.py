@@ -36,9 +36,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool =
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer computes in."""
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
+    kind = x.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if mixed else x.dtype
 
 
 class Linear(nn.Linear):

@@ -1,10 +1,14 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import Tiny, make_data, make_tiny
+
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # Triton reads it when it is imported, which nothing has done yet
 
 
 @pytest.fixture(autouse=True)
