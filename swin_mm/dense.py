@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from swin_mm.derived import derived, evaluating
 from swin_mm.windows import tracing
 
-CHUNK = 4096
+CHUNK = 2048  # tokens whose hidden channels fit the cache
 
 
 def _onednn_serves(x: Tensor, weight: Tensor) -> bool:
@@ -64,7 +64,7 @@ class Linear(nn.Linear):
         return F.gelu(y) if gelu else y
 
     def _packed(self, dtype: torch.dtype) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype), CHUNK)
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight.detach().to(dtype))
 
 
 class _LinearFunction(Function):

@@ -29,7 +29,8 @@ class InterruptHook(Hook):
     priority = 'LOWEST'  # after the hooks that step the schedules and save checkpoints
 
     def __init__(self) -> None:
-        self._signal = 0
+        self._signal = 0  # that this process received
+        self._agreed = 0  # that any process had received when all asked
         self._stopping: dict[str, int] = {}
         self._previous: dict[int, Any] = {}
 
@@ -74,7 +75,7 @@ class InterruptHook(Hook):
         barrier()  # launchers end the job as soon as the first rank has ended
         raise Stopped(
             f'stopped at iteration {iteration} and saved {path}; to go on, run the same command with --resume',
-            self._signal,
+            self._agreed or self._signal,
         )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -95,9 +96,9 @@ class InterruptHook(Hook):
     def _asked_anywhere(self) -> bool:
         """All ranks stop at the same iteration, or those that go on would wait for the others for ever."""
         asked = torch.tensor(self._signal)
-        all_reduce(asked, 'max')
-        self._signal = int(asked)
-        return bool(self._signal)
+        all_reduce(asked, 'max')  # while this waits a signal may come, which counts from the next iteration on
+        self._agreed = int(asked)
+        return bool(self._agreed)
 
 
 class ContinuedEpochLoop(EpochBasedTrainLoop):
@@ -162,3 +163,6 @@ def install() -> None:
     """Let every config that names mmengine's EpochBasedTrainLoop have ours, and every checkpoint be written whole."""
     LOOPS.register_module(name='EpochBasedTrainLoop', module=ContinuedEpochLoop, force=True)
     register_backend('local', WholeFiles, force=True, prefixes='')
+    # Signals to the whole group, of Ctrl-C and torchrun, then spare the data workers: ranks that are to finish an
+    # iteration together need them all.
+    os.register_at_fork(after_in_child=os.setpgrp)

@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from swin_mm import cli
 from swin_mm.checkpoints import CheckpointError, read_checkpoint
@@ -40,8 +41,7 @@ class Predictor:
         cfg: The config; it is changed.
         checkpoint: File or address.
         device: As torch names it.
-        dtype: A key of ``DTYPES``; bf16 and fp16 are autocast, of a segmentor's network, of a detector's backbone and
-            neck: boxes of 8 bits would be off by pixels, and mmcv's operators on them want fp32.
+        dtype: See :func:`compute_in`.
         tta: Test-time augmentation.
         score_thr: Objects of lower score are left out.
 
@@ -87,10 +87,7 @@ class Predictor:
         meta = content.get('meta', {}) if isinstance(content, dict) else {}
         self.classes, self.palette = _classes(metainfo, meta.get('dataset_meta') or meta)
         self.inferencer.visualizer.dataset_meta = {'classes': self.classes, 'palette': self.palette}
-        if dtype != 'fp32':
-            model = self.inferencer.model.module if tta else self.inferencer.model
-            name = 'extract_feat' if self.detects else 'encode_decode'
-            setattr(model, name, _autocast(getattr(model, name), torch.device(device).type, DTYPES[dtype]))
+        compute_in(dtype, self.inferencer.model.module if tta else self.inferencer.model)
 
     def view(self, name: str, picture: np.ndarray, path: str | None = None) -> View:
         """Prepare an RGB picture; where it has a path, the pipeline reads that in its own way."""
@@ -162,6 +159,19 @@ class Predictor:
         pixels = numbers[index]
         pixels = np.stack([pixels & 255, pixels >> 8, pixels & 0], axis=-1).astype(np.uint8)
         return Image.fromarray(pixels), {'segments_info': info}
+
+
+def compute_in(dtype: str, model: nn.Module) -> None:
+    """Have a model compute in a key of ``DTYPES``.
+
+    bf16 and fp16 are autocast, of a segmentor's network, of a detector's backbone and neck: boxes of 8 bits would be
+    off by pixels, and mmcv's operators on them want fp32.
+    """
+    if dtype == 'fp32':
+        return
+    name = 'encode_decode' if hasattr(model, 'encode_decode') else 'extract_feat'
+    device = next(model.parameters()).device.type
+    setattr(model, name, _autocast(getattr(model, name), device, DTYPES[dtype]))
 
 
 def _autocast(function: Callable, device: str, dtype: torch.dtype) -> Callable:

@@ -109,9 +109,10 @@ class WindowMap(NamedTuple):
 @_cached(64)
 def window_map(size: Size, window: Size, shift: Size, device: torch.device) -> WindowMap:
     """The places of the tokens of a map of ``size`` (H, W)."""
-    tokens = torch.arange(1, size[0] * size[1] + 1).view(1, *size, 1)
+    # On the CPU, whatever the default: the number of pads is needed.
+    tokens = torch.arange(1, size[0] * size[1] + 1, device='cpu').view(1, *size, 1)
     tokens = to_windows(tokens, window, shift).flatten() - 1  # padding is -1
-    slots = torch.empty(size[0] * size[1], dtype=torch.int64)
+    slots = torch.empty(size[0] * size[1], dtype=torch.int64, device='cpu')
     real = tokens >= 0
     slots[tokens[real]] = real.nonzero().flatten()
     parts = (tokens.clamp(min=0), slots, (~real).nonzero().flatten())

@@ -55,9 +55,9 @@ def leaves(pattern: str, but: str = '$^') -> list:
 
 OFFICIAL = 'https://github.com/SwinTransformer/storage/releases/download/'
 
-spec = importlib.util.spec_from_file_location('model_table', ROOT / 'tools/model_table.py')
-model_table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(model_table)
+spec = importlib.util.spec_from_file_location('model_info', ROOT / 'tools/model_info.py')
+model_info = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(model_info)
 
 # Stock configs that ours stand for under another name.
 RENAMED = {
@@ -194,7 +194,7 @@ def learning(name: str) -> dict[str, tuple[float, float]]:
     config = load(name)
     # mmdet's Swin asks for the numbers of a linspace, which the device meta does not have.
     with mock.patch('torch.linspace', functools.partial(torch.linspace, device='cpu')):
-        model = model_table.build(config)
+        model = model_info.build(config)
     options = config.optim_wrapper.to_dict() | dict(type='OptimWrapper')
     for name in ('dtype', 'loss_scale'):
         options.pop(name, None)
@@ -348,7 +348,7 @@ def test_leaves_are_short(ours):
 @pytest.mark.parametrize('ours', leaves('', but='classification|[_-]amp-'))
 def test_leaves_build_and_their_parts_fit(ours):
     config = load(ours)
-    model = model_table.build(config)
+    model = model_info.build(config)
     row = re.search(
         rf'^\|.*\({re.escape(Path(ours).name)}\).*', (CONFIGS / ours).with_name('README.md').read_text(), re.M
     )
@@ -390,8 +390,9 @@ def test_weights_are_official_and_of_this_size(ours):
 @pytest.mark.parametrize('ours, width, height, parameters, gmac', SIZES)
 def test_models_have_the_published_size(ours, width, height, parameters, gmac):
     config = load(ours)
-    assert sum(p.numel() for p in model_table.build(config).parameters()) == parameters
-    assert model_table.count(config, width, height) == pytest.approx(gmac, rel=0.003)
+    assert sum(p.numel() for p in model_info.build(config).parameters()) == parameters
+    # The published counts hold the projections of padding, which is not projected here.
+    assert 0.99 * gmac <= sum(model_info.macs(config, width, height).values()) / 1e9 <= 1.003 * gmac
 
 
 @pytest.mark.parametrize('name', V2)
@@ -403,7 +404,7 @@ def test_v2_models_differ_from_v1_by_the_backbone(method, name):
     backbones['l'] = 195_205_620 - 194_998_164
     v1 = next(row for row in SIZES if row[0].startswith(method) and f'swin-{arch}-' in row[0])
     leaf = next(leaf for leaf in LEAVES if leaf.startswith(f'{method}_{name}'))
-    assert sum(p.numel() for p in model_table.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
+    assert sum(p.numel() for p in model_info.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
 
 
 def test_configs_are_found_by_library_name(tmp_path):
@@ -416,7 +417,7 @@ def test_configs_are_found_by_library_name(tmp_path):
 def test_a_local_file_takes_the_place_of_the_address():
     config = Config.fromfile(CONFIGS / 'mask_rcnn/mask-rcnn_swin-s-p4-w7_fpn_1x_coco.py')
     config.merge_from_dict({'model.backbone.init_cfg.checkpoint': 'swin_small.pth'})
-    assert model_table.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}
+    assert model_info.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}
 
 
 @needs_mmpretrain

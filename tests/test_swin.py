@@ -352,3 +352,15 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients():
 def test_unknown_checkpointing_is_refused(with_cp):
     with pytest.raises(ValueError, match="one for each of 4 stages, or 'mlp'"):
         small(SwinPyramid, with_cp=with_cp)
+
+
+@BOTH
+@pytest.mark.parametrize('attention', ['auto', 'reference'])
+def test_shapes_alone_can_be_had_on_the_meta_device(pyramid, attention):
+    with torch.device('meta'):
+        model = pyramid(**SMALL, attention=attention)
+        for mode in (True, False):
+            maps = model.train(mode)(torch.empty(2, 3, 60, 90))
+            assert [tuple(m.shape) for m in maps] == [(2, 32, 15, 23), (2, 64, 8, 12), (2, 128, 4, 6), (2, 256, 2, 3)]
+            with torch.no_grad():
+                assert model(torch.empty(2, 3, 60, 90))[0].shape == maps[0].shape

@@ -5,10 +5,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 
 from swin_mm import cli
 from swin_mm.checkpoints import read_checkpoint
 from swin_mm.cli import as_list, augment
+from swin_mm.predict import DTYPES, compute_in
 
 
 def parse_args() -> Namespace:
@@ -18,6 +20,7 @@ def parse_args() -> Namespace:
     parser.add_argument('--out', help='save predictions: detection to a .pkl file, segmentation as PNGs to a folder')
     parser.add_argument('--show-dir', help='draw predictions beside the ground truth into this folder')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    parser.add_argument('--dtype', choices=DTYPES, default='fp32', help='bf16 and fp16: autocast (default: fp32)')
     return parser.parse_args()
 
 
@@ -34,7 +37,10 @@ def main(args: Namespace) -> None:
         augment(cfg)
     if args.out:
         save_predictions(cfg, args.out)
-    cli.build_runner(cfg).test()
+    runner = cli.build_runner(cfg)
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    compute_in(args.dtype, model.module if args.tta else model)
+    runner.test()
 
 
 def draw(cfg: Config, folder: str) -> None:

@@ -3,11 +3,20 @@
 B batch, (H, W) map, (Hw, Ww) window, nW windows per map, N = Hw * Ww tokens per window, C channels, h heads, d = C / h.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from swin_mm.windows import Size, from_windows, region_mask, to_windows
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """Turn autocast off where there is such a thing."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def split_heads(windows: Tensor, heads: int, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -19,7 +28,7 @@ def split_heads(windows: Tensor, heads: int, scale: float | Tensor) -> tuple[Ten
     if not isinstance(scale, Tensor):
         return q, k, v, scale
     precise = torch.promote_types(v.dtype, torch.float32)  # squares of fp16 overflow
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device.type):
         q, k = (F.normalize(t.to(precise), dim=-1) for t in (q, k))
         return (q * scale.to(precise).view(-1, 1, 1)).to(v.dtype), k.to(v.dtype), v, 1.0
 
@@ -52,7 +61,7 @@ def weights(
     q, k, v, factor = split_heads(to_windows(qkv, window, shift, pad), bias.shape[0], scale)
     # fp16 holds numbers up to 65504, which scores exceed long before attention itself is in trouble.
     precise = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device.type):
         q, k, v, bias = (t.to(precise) for t in (q, k, v, bias))
         return scores(q, k, bias, mask, factor).softmax(-1), v
 
@@ -78,7 +87,7 @@ def attention(
         (B, H, W, C) in the type of ``qkv``.
     """
     attended, v = weights(qkv, pad, bias, window, shift, scale)
-    with torch.autocast(v.device.type, enabled=False):
+    with without_autocast(v.device.type):
         out = F.dropout(attended, dropout) @ v
     size = (qkv.shape[1], qkv.shape[2])
     return from_windows(out.transpose(1, 2).flatten(2).to(qkv.dtype), size, window, shift)

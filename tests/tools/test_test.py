@@ -44,7 +44,18 @@ def test_metrics_predictions_and_pictures(tiny, trained, tmp_path):
 def test_time_augmentation(tiny, trained, tmp_path):
     # Segmentation has a pipeline of its own in the stock config: both are to take the default.
     own = ('--cfg-options', 'tta_pipeline=None') if tiny.task == 'segmentation' else ()
-    output = run_tool('test', tiny.config, last_checkpoint(trained[0]), '--work-dir', 'x', '--tta', *own, cwd=tmp_path)
+    output = run_tool(
+        'test',
+        tiny.config,
+        last_checkpoint(trained[0]),
+        '--work-dir',
+        'x',
+        '--tta',
+        '--dtype',
+        'bf16',
+        *own,
+        cwd=tmp_path,
+    )
     assert tiny.metric in metrics(tmp_path / 'x')
     if tiny.task == 'detection':
         assert 'masks are left out' in output and 'coco/segm_mAP' not in metrics(tmp_path / 'x')

@@ -2,6 +2,7 @@ import os
 import re
 import signal
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def test_resumes_behind_a_finished_epoch(tiny, work_dir, tmp_path):
 
 
 def test_a_stopped_run_goes_on_where_it_was(tiny, tmp_path):
-    # Detection counts epochs and is stopped within one, by Ctrl-C; segmentation by what a cluster sends. Both go to the
-    # whole process group, data workers included. The learning rate tells whether the schedule went on as well.
+    # Detection counts epochs and is stopped within one, by Ctrl-C; segmentation by what a cluster sends to every
+    # process, data workers included. The learning rate tells whether the schedule went on as well.
     detection = tiny.task == 'detection'
     number = signal.SIGINT if detection else signal.SIGTERM
     length = 'train_cfg.max_epochs={}' if detection else 'train_cfg.max_iters={}'
@@ -62,7 +63,9 @@ def test_a_stopped_run_goes_on_where_it_was(tiny, tmp_path):
         output = ''
         for line in process.stdout:
             if STEP.search(line) and len(steps(output)) == 3:  # this is the fourth iteration
-                os.killpg(process.pid, number)
+                workers = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+                for pid in [process.pid] if detection else [process.pid, *map(int, workers)]:
+                    os.kill(pid, number)
             output += line
         assert process.wait() == 128 + number
     finally:
