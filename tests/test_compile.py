@@ -6,6 +6,7 @@ from oracles import SMALL, randomise, relative_error
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import swin_mm
+from swin_mm import kernels
 from swin_mm.swin import SwinPyramid, SwinPyramidV2
 
 SIZES = [(64, 64), (96, 131), (100, 61), (57, 200), (128, 96), (33, 47), (224, 64), (75, 75), (81, 160), (90, 122)]
@@ -41,3 +42,17 @@ def test_the_argument_compiles_the_backbone():
     )
     model.eval()(torch.randn(1, 3, 32, 32))
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize('dynamic', [None, True])
+def test_the_choice_of_a_kernel_is_no_part_of_the_graph(dynamic):
+    torch._dynamo.reset()
+
+    class Served(torch.nn.Linear):
+        def forward(self, x):
+            qkv = super().forward(x)
+            return qkv * 0 + 1 if kernels._refusal(qkv, self.weight[:3], 0.0) else qkv
+
+    module = Served(32, 96, dtype=torch.float64)  # a type that the Triton kernel refuses wherever it runs
+    compiled = torch.compile(module, fullgraph=True, backend='eager', dynamic=dynamic)
+    assert compiled(torch.zeros(1, 4, 4, 32, dtype=torch.float64)).eq(1).all()

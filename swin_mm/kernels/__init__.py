@@ -33,12 +33,17 @@ def fused(
 
 
 def _refusal(qkv: Tensor, bias: Tensor, dropout: float) -> str:
-    return _known_refusal(qkv.device, qkv.dtype, qkv.shape[3] // 3 // bias.shape[0], dropout > 0)
+    head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
+    return _known_refusal(qkv.device, qkv.dtype, head_size, dropout > 0)
 
 
-@torch.compiler.assume_constant_result
-@lru_cache
+@torch.compiler.assume_constant_result  # compilers cannot look into what it asks
 def _known_refusal(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    return _find_refusal(device, dtype, head_size, dropout)
+
+
+@lru_cache
+def _find_refusal(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
     """Why Triton's kernel does not serve, or nothing; said once."""
     reason = triton.refuses(device, dtype, head_size, dropout) or ''
     if reason:
