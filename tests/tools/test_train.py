@@ -3,11 +3,13 @@ import re
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import Bomb, command, last_checkpoint, run_tool
 
+from swin_mm import cli
 from swin_mm.checkpoints import read_checkpoint
 
 STEP = re.compile(r'(?:Epoch|Iter)\(train\) *(\[.*\]) ')
@@ -122,9 +124,35 @@ def test_refuses_what_cannot_be_resumed(tiny, refuse, trained, tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason='these work where there is a GPU')
 def test_says_what_needs_a_gpu(tiny, refuse):
     assert 'mixed precision' in refuse('train', tiny.config, '--amp')
-    assert 'leave it out' in refuse('train', tiny.config, '--launcher', 'pytorch')
+    assert 'on CPUs use tools/dist_train.sh' in refuse('train', tiny.config, '--launcher', 'slurm')
+
+
+def test_says_what_else_is_missing(refuse, tiny, monkeypatch):
+    monkeypatch.delenv('RANK', raising=False)
+    assert 'processes that torchrun starts' in refuse('train', tiny.config, '--launcher', 'pytorch')
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    assert 'pip install wandb' in refuse('train', tiny.config, '--vis', 'wandb')
 
 
 def test_batch_size_for_the_learning_rate(refuse, tiny):
     if tiny.task == 'segmentation':  # the stock schedule says nothing of it
         assert 'auto_scale_lr = dict(base_batch_size=16)' in refuse('train', tiny.config, '--auto-scale-lr')
+
+
+def test_the_learning_rate_goes_with_all_that_makes_a_step(tool, tiny, monkeypatch):
+    """Also that --vis adds to the writers that are there."""
+    train, built = tool('train'), []
+    monkeypatch.setattr(cli, 'use_safe_reader', lambda: None)
+    monkeypatch.setattr(cli, 'check_pretrained', lambda cfg: None)
+    monkeypatch.setattr(train.interrupt, 'install', lambda: None)
+    monkeypatch.setattr(train.interrupt, 'InterruptHook', lambda: SimpleNamespace(train=built.append))
+    monkeypatch.setattr(cli, 'build_runner', lambda cfg: cfg)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+    base, steps = 'auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=4'
+    arguments = ['--auto-scale-lr', '--vis', 'tensorboard', '--vis', 'wandb', '--cfg-options', base, steps]
+    monkeypatch.setattr('sys.argv', ['train', str(tiny.config), *arguments])
+    train.main(train.parse_args())
+    (cfg,) = built
+    assert cfg.auto_scale_lr == {'enable': True, 'base_batch_size': 4}
+    writers = [writer.type for writer in cfg.visualizer.vis_backends]
+    assert writers == ['LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
