@@ -7,7 +7,7 @@ uses the links as they are; a wheel gets the files behind them.
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -17,6 +17,20 @@ ROOT = Path(__file__).parent
 DET = ['onedl-mmcv>=2.1', 'onedl-mmdetection>=3.3']
 SEG = ['onedl-mmcv>=2.1', 'onedl-mmsegmentation>=1.2']
 ALL = sorted({*DET, *SEG})
+
+# The attention kernel for CPUs, for each set of instructions that PyTorch tells apart. What the compiler at hand cannot
+# build is left out, and PyTorch's own attention takes its place.
+CPU_KERNELS = [
+    Extension(
+        f'swin_mm.kernels._cpu_{name}',
+        ['swin_mm/kernels/window_attention.cpp'],
+        extra_compile_args=['-O3', '-std=c++17', '-fopenmp', *flags],
+        extra_link_args=['-fopenmp'],
+        language='c++',
+        optional=True,
+    )
+    for name, flags in {'avx512': ['-march=x86-64-v4'], 'avx2': ['-march=x86-64-v3'], 'default': []}.items()
+]
 
 setup(
     name='swin_mm',
@@ -34,6 +48,7 @@ setup(
             *(f'.mim/configs/{depth}*.{suffix}' for depth in ('', '*/', '*/*/') for suffix in ('py', 'yml', 'md')),
         ]
     },
+    ext_modules=CPU_KERNELS,
     install_requires=['torch>=2.6', 'safetensors', 'onedl-mmengine>=0.10.8,<1'],
     extras_require={
         'det': DET,

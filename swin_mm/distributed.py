@@ -36,6 +36,11 @@ class FSDPStrategy(_FSDPStrategy):
     does not find ``custom_keys`` that name parameters inside of what is wrapped.
     """
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.distributed:
+            raise ValueError('FSDP shares a model out over processes; start them with tools/dist_train.sh')
+
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if get_device() == 'cpu':
             self.model_wrapper['device_id'] = 'cpu'

@@ -152,9 +152,10 @@ class WholeFiles(LocalBackend):
 
 def last_checkpoint(work_dir: str) -> str | None:
     """The checkpoint to go on from, if there is one."""
-    if (named := find_latest_checkpoint(work_dir)) != '':
+    named = find_latest_checkpoint(work_dir)
+    if named is None or '://' in named or os.path.exists(named):
         return named
-    # The run was killed while it wrote the name. The best ones have no optimizer.
+    # The run was killed while it wrote the name, or before it did. The best ones have no optimizer.
     found = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
     return str(max(found, key=os.path.getmtime)) if found else None
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swin_mm.attention import WindowAttention, WindowAttentionV2
-from swin_mm.dense import CHUNK, Linear, Mlp
+from swin_mm.dense import Linear, Mlp
 from swin_mm.derived import evaluating, forget
 from swin_mm.windows import Size, padded, tracing
+
+BAND = 8192  # tokens of a map that a block takes at a time on a CPU: what lies between fits the cache
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
@@ -161,9 +163,9 @@ class SwinBlock(nn.Module):
     def by_bands(self, x: Tensor, window: Size, shift: Size) -> Tensor:
         """The same, some rows of windows after the others, so that all between input and output stays in the cache."""
         out = torch.empty_like(x)
-        images = max(CHUNK // (x.shape[1] * x.shape[2]), 1)
+        images = max(BAND // (x.shape[1] * x.shape[2]), 1)
         for part, result in zip(x.split(images), out.split(images), strict=True):
-            for rows, row_shift in bands(x.shape[1], window[0], shift[0], max(CHUNK // (window[0] * x.shape[2]), 1)):
+            for rows, row_shift in bands(x.shape[1], window[0], shift[0], max(BAND // (window[0] * x.shape[2]), 1)):
                 band = torch.cat([part[:, r] for r in rows], 1) if len(rows) > 1 else part[:, rows[0]]
                 band = self.whole(band, window, (row_shift, shift[1]))
                 for r, done in zip(rows, band.split([r.stop - r.start for r in rows], 1), strict=True):
@@ -394,7 +396,9 @@ class SwinPyramid(nn.Module):
         for i, stage in enumerate(self.layers):
             x = stage(x)
             if i in self.out_indices:
-                maps.append(getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).contiguous())
+                maps.append(
+                    getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+                )
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(maps)

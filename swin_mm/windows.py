@@ -106,16 +106,34 @@ class WindowMap(NamedTuple):
     pads: Tensor
 
 
+def _wrapped(at: Tensor, length: int) -> Tensor:
+    """``at % length`` of places below twice the length; ONNX's exporter takes no remainder by a symbolic length."""
+    return torch.where(at < length, at, at - length)
+
+
+def _tokens(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """The token of each slot, (nW * N,), -1 for padding. Arithmetic alone, so that exporters can leave sizes open."""
+    axes = zip(padded(size, window), window, shift, strict=True)
+    rows, columns = (_wrapped(torch.arange(s, p + s, device=device), p).view(p // w, w) for p, w, s in axes)
+    rows, columns = rows[:, None, :, None], columns[None, :, None, :]  # (nH, 1, Hw, 1) and (1, nW, 1, Ww)
+    return torch.where((rows < size[0]) & (columns < size[1]), rows * size[1] + columns, -1).flatten()
+
+
+def _slots(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
+    """The slot of each token, (H * W,). Arithmetic as well."""
+    (Hp, Wp), (Hw, Ww) = padded(size, window), window
+    axes = zip(size, (Hp, Wp), shift, strict=True)
+    rows, columns = (_wrapped(torch.arange(p - s, n + p - s, device=device), p) for n, p, s in axes)
+    rows = rows // Hw * (Wp // Ww * Hw * Ww) + rows % Hw * Ww
+    return (rows[:, None] + columns // Ww * (Hw * Ww) + columns % Ww).flatten()
+
+
 @_cached(64)
 def window_map(size: Size, window: Size, shift: Size, device: torch.device) -> WindowMap:
     """The places of the tokens of a map of ``size`` (H, W)."""
-    # On the CPU, whatever the default: the number of pads is needed.
-    tokens = torch.arange(1, size[0] * size[1] + 1, device='cpu').view(1, *size, 1)
-    tokens = to_windows(tokens, window, shift).flatten() - 1  # padding is -1
-    slots = torch.empty(size[0] * size[1], dtype=torch.int64, device='cpu')
-    real = tokens >= 0
-    slots[tokens[real]] = real.nonzero().flatten()
-    parts = (tokens.clamp(min=0), slots, (~real).nonzero().flatten())
+    # On the CPU: the number of pads is needed.
+    tokens, slots = (of(size, window, shift, torch.device('cpu')) for of in (_tokens, _slots))
+    parts = (tokens.clamp(min=0), slots, (tokens < 0).nonzero().flatten())
     return WindowMap(*(part.to(device) for part in parts))
 
 
@@ -158,7 +176,11 @@ class _Scatter(Function):
 def gather_windows(x: Tensor, window: Size, shift: Size, pad: Tensor) -> Tensor:
     """:func:`to_windows` by index, in one pass, and so its gradient."""
     if tracing():
-        return to_windows(x, window, shift, pad)
+        tokens = _tokens((x.shape[1], x.shape[2]), window, shift, x.device)
+        windows = x.flatten(1, 2).index_select(1, tokens.clamp(min=0))
+        windows = torch.where((tokens < 0)[:, None], pad, windows)
+        Hp, Wp = padded((x.shape[1], x.shape[2]), window)
+        return windows.view(x.shape[0] * (Hp // window[0]) * (Wp // window[1]), window[0] * window[1], x.shape[3])
     places = window_map((x.shape[1], x.shape[2]), window, shift, x.device)
     return _Gather.apply(x.flatten(1, 2), pad, places).view(-1, window[0] * window[1], x.shape[3])
 
@@ -166,7 +188,10 @@ def gather_windows(x: Tensor, window: Size, shift: Size, pad: Tensor) -> Tensor:
 def scatter_windows(windows: Tensor, size: Size, window: Size, shift: Size) -> Tensor:
     """:func:`from_windows` by index, in one pass, and so its gradient."""
     if tracing():
-        return from_windows(windows, size, window, shift)
+        Hp, Wp = padded(size, window)
+        images = windows.shape[0] // ((Hp // window[0]) * (Wp // window[1]))
+        slots = _slots(size, window, shift, windows.device)
+        return windows.reshape(images, Hp * Wp, -1).index_select(1, slots).unflatten(1, size)
     places = window_map(size, window, shift, windows.device)
     C = windows.shape[2]
     return _Scatter.apply(windows.reshape(-1, len(places.tokens), C), places).view(-1, *size, C)
@@ -187,11 +212,12 @@ def region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> 
 @_cached(16)  # four stages at four sizes
 def _region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
     rows, columns = (
-        (torch.arange(n, device=device) >= n - w).int() + (torch.arange(n, device=device) >= n - s).int()
+        ((torch.arange(n, device=device) >= n - w).int() + (torch.arange(n, device=device) >= n - s).int()).view(
+            n // w, w
+        )
         for n, w, s in zip(size, window, shift, strict=True)
     )
-    regions = 3 * rows[:, None] + columns
-    regions = to_windows(regions[None, :, :, None], window).squeeze(2)  # (nW, N)
+    regions = (3 * rows[:, None, :, None] + columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (nW, N)
     return (regions[:, None, :] != regions[:, :, None]) * MASKED
 
 

@@ -67,7 +67,7 @@ def test_evaluation_by_bands_gives_the_same(pyramid, pad_small_map, size, monkey
     model = small(pyramid, pad_small_map=pad_small_map).double().eval()
     image = torch.randn(5, 3, *size, dtype=torch.float64)
     expected = model(image)
-    monkeypatch.setattr(swin, 'CHUNK', 200)
+    monkeypatch.setattr(swin, 'BAND', 200)
     with torch.no_grad():
         for actual, whole in zip(model(image), expected, strict=True):
             assert relative_error(actual, whole) < 1e-12

@@ -310,19 +310,20 @@ def run(model: nn.Module, image: Tensor) -> None:
 def run_two_stages(model: nn.Module, image: Tensor) -> None:
     """A detector with a second stage: its parts one by one, the second on a fixed number of boxes."""
     maps, roi_head = model.extract_feat(image), model.roi_head
+    channels = maps[0].shape[1]
     if type(model).__name__ == 'SparseRCNN':
         boxes = model.rpn_head.num_proposals
-        proposals = (image.new_empty(1, boxes, 256),)
+        proposals = (image.new_empty(1, boxes, channels),)
     else:
         boxes, proposals = BOXES, ()
         model.rpn_head(maps)
     if getattr(roi_head, 'semantic_head', None) is not None:
         roi_head.semantic_head(maps)
     for head in _as_list(roi_head.bbox_head):
-        head(image.new_empty(boxes, 256, 7, 7), *proposals)
+        head(image.new_empty(boxes, channels, 7, 7), *proposals)
     previous = ()  # HTC hands features on from mask head to mask head
     for head in _as_list(getattr(roi_head, 'mask_head', None)):
-        result = head(image.new_empty(MASKS, 256, 14, 14), *previous)
+        result = head(image.new_empty(MASKS, channels, 14, 14), *previous)
         previous = tuple(result[1:]) if isinstance(result, list | tuple) else ()
 
 

@@ -75,7 +75,7 @@ def log_to(cfg: Config, package: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise cli.InputError(f'--vis {package} needs the package {package}; install it with: pip install {package}')
     visualizer = cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
-    visualizer.vis_backends.append(dict(type=VIS_BACKENDS[package]))
+    visualizer.vis_backends = [*(visualizer.get('vis_backends') or []), dict(type=VIS_BACKENDS[package])]
 
 
 def set_start(cfg: Config, resume: str | None) -> None:

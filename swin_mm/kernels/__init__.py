@@ -2,59 +2,79 @@
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from swin_mm.kernels import reference, sdpa, triton
+from swin_mm.kernels import cpu, reference, sdpa, triton
 from swin_mm.windows import Size
+
+_FUSED = {'cpu': cpu, 'cuda': triton}  # by type of device
 
 
 def auto(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """The fastest kernel that serves: Triton's on a GPU, else PyTorch's own."""
-    kernel = sdpa if not qkv.is_cuda or _refusal(qkv, bias, dropout) else triton
+    """The fastest kernel that serves: one of this package's, else PyTorch's own."""
+    kernel = _FUSED.get(qkv.device.type)
+    # What is exported shall run where this package is not.
+    leaves = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    if kernel is None or leaves or _refusal(kernel, qkv, bias, dropout):
+        kernel = sdpa
     return kernel.attention(qkv, pad, bias, window, shift, scale, dropout)
 
 
-def fused(
-    qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
+def _insist(
+    kernel: ModuleType,
+    qkv: Tensor,
+    pad: Tensor,
+    bias: Tensor,
+    window: Size,
+    shift: Size,
+    scale: float | Tensor,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """Triton's kernel and no other.
+    """This kernel and no other.
 
     Raises:
         RuntimeError: it does not serve here; the message says why.
     """
-    if reason := _refusal(qkv, bias, dropout):
-        raise RuntimeError(f"attention='triton' cannot be used here: {reason}; leave attention at 'auto'")
-    return triton.attention(qkv, pad, bias, window, shift, scale, dropout)
+    if reason := _refusal(kernel, qkv, bias, dropout):
+        name = _name(kernel)
+        raise RuntimeError(f"attention={name!r} cannot be used here: {reason}; leave attention at 'auto'")
+    return kernel.attention(qkv, pad, bias, window, shift, scale, dropout)
 
 
-def _refusal(qkv: Tensor, bias: Tensor, dropout: float) -> str:
+def _refusal(kernel: ModuleType, qkv: Tensor, bias: Tensor, dropout: float) -> str:
     head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
-    return _known_refusal(qkv.device, qkv.dtype, head_size, dropout > 0)
+    return _known_refusal(_name(kernel), qkv.device, qkv.dtype, head_size, dropout > 0)
+
+
+def _name(kernel: ModuleType) -> str:
+    return kernel.__name__.rpartition('.')[2]
 
 
 @torch.compiler.assume_constant_result  # compilers cannot look into what it asks
-def _known_refusal(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    return _find_refusal(device, dtype, head_size, dropout)
+def _known_refusal(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    return _find_refusal(name, device, dtype, head_size, dropout)
 
 
 @lru_cache
-def _find_refusal(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    """Why Triton's kernel does not serve, or nothing; said once."""
-    reason = triton.refuses(device, dtype, head_size, dropout) or ''
+def _find_refusal(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    """Why a kernel does not serve, or nothing; said once."""
+    reason = {'cpu': cpu, 'triton': triton}[name].refuses(device, dtype, head_size, dropout) or ''
     if reason:
-        logging.getLogger('swin_mm').warning('attention without the Triton kernel: %s', reason)
+        logging.getLogger('swin_mm').warning('attention without the %s kernel: %s', name, reason)
     return reason
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     'reference': reference.attention,
     'sdpa': sdpa.attention,
-    'triton': fused,
+    'cpu': partial(_insist, cpu),
+    'triton': partial(_insist, triton),
 }
 
 

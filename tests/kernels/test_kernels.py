@@ -95,8 +95,6 @@ def test_kernel_equals_the_definition_forward_and_backward(name, dtype, limit, s
     assert out.dtype == dtype
     check([out], [expected], limit)
     check(gradients(out, tensors), gradients(expected, exact), limit)
-    with torch.no_grad():  # another way through the kernel
-        check([get_kernel(name)(*tensors[:3], window, shift, tensors[3])], [expected], limit)
 
 
 @pytest.mark.parametrize('name', ['reference', 'sdpa'])
@@ -122,5 +120,5 @@ def test_dropout_drops_weights_and_keeps_the_expectation(name):
 
 
 def test_unknown_kernel_is_named_with_the_choices():
-    with pytest.raises(ValueError, match=r"'flash'.*auto, reference, sdpa"):
+    with pytest.raises(ValueError, match=r"'flash'.*auto, reference, sdpa, cpu, triton"):
         get_kernel('flash')

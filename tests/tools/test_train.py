@@ -2,8 +2,10 @@ import os
 import re
 import signal
 import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +132,7 @@ def test_says_what_needs_a_gpu(tiny, refuse):
 def test_says_what_else_is_missing(refuse, tiny, monkeypatch):
     monkeypatch.delenv('RANK', raising=False)
     assert 'processes that torchrun starts' in refuse('train', tiny.config, '--launcher', 'pytorch')
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    monkeypatch.setitem(sys.modules, 'wandb', None)
     assert 'pip install wandb' in refuse('train', tiny.config, '--vis', 'wandb')
 
 
@@ -147,7 +149,10 @@ def test_the_learning_rate_goes_with_all_that_makes_a_step(tool, tiny, monkeypat
     monkeypatch.setattr(train.interrupt, 'install', lambda: None)
     monkeypatch.setattr(train.interrupt, 'InterruptHook', lambda: SimpleNamespace(train=built.append))
     monkeypatch.setattr(cli, 'build_runner', lambda cfg: cfg)
-    monkeypatch.setattr('importlib.util.find_spec', lambda name: name)
+    for package in 'tensorboard', 'wandb':
+        module = ModuleType(package)
+        module.__spec__ = ModuleSpec(package, None)
+        monkeypatch.setitem(sys.modules, package, module)
     base, steps = 'auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=4'
     arguments = ['--auto-scale-lr', '--vis', 'tensorboard', '--vis', 'wandb', '--cfg-options', base, steps]
     monkeypatch.setattr('sys.argv', ['train', str(tiny.config), *arguments])
