@@ -119,7 +119,7 @@ class Mlp(nn.Module):
             if evaluating(self):
                 return self.fc2(self.fc1(x, gelu=True))
             dropping = self.training and self.drop.p > 0
-            mixed = len({_product_dtype(x), x.dtype, self.fc1.weight.dtype}) > 1
+            mixed = len({_product_dtype(x), x.dtype, self.fc1.weight.dtype}) > 1  # PyTorch's own is faster then
             if torch.is_grad_enabled() and not (dropping or mixed) and _onednn_serves(x, self.fc1.weight):
                 weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
                 return _MlpFunction.apply(x.flatten(0, -2), *weights).view(x.shape)
@@ -143,12 +143,19 @@ class _MlpFunction(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         x, w1, w2, *hidden = ctx.saved_tensors
         w1_t, w2_t = w1.t().contiguous(), w2.t().contiguous()
-        grad_x, grad_w1, grad_w2, grad_b1 = (torch.zeros_like(t) for t in (x, w1, w2, w1[:, 0]))
+        grad_x = torch.empty_like(x)
+        # Sums over chunks, in bfloat16, would lose what later ones add.
+        grad_w1, grad_w2, grad_b1 = (torch.zeros_like(t, dtype=torch.float32) for t in (w1, w2, w1[:, 0]))
         parts = (t.split(CHUNK) for t in (x, grad, grad_x))
         for h, part, g, result in zip(hidden, *parts, strict=True):
-            grad_w2.addmm_(g.t(), F.gelu(h))
+            _add_product(grad_w2, g.t(), F.gelu(h))
             grad_h = torch.ops.aten.gelu_backward(_product(g, w2_t), h)
-            grad_w1.addmm_(grad_h.t(), part)
+            _add_product(grad_w1, grad_h.t(), part)
             grad_b1 += grad_h.sum(0)
             result.copy_(_product(grad_h, w1_t))
-        return grad_x, grad_w1, grad_b1, grad_w2, grad.sum(0)
+        return grad_x, *(t.to(x.dtype) for t in (grad_w1, grad_b1, grad_w2)), grad.sum(0)
+
+
+def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a @ b`` to ``to``, in place where they are of one type."""
+    to.addmm_(a, b) if to.dtype == a.dtype else to.add_(a @ b)
