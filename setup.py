@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent
 DET = ['onedl-mmcv>=2.1', 'onedl-mmdetection>=3.3']
 SEG = ['onedl-mmcv>=2.1', 'onedl-mmsegmentation>=1.2']
 ALL = sorted({*DET, *SEG})
+ONNX = ['onnx', 'onnxscript', 'onnxruntime']
 
 # The attention kernel for CPUs, for each set of instructions that PyTorch tells apart. What the compiler at hand cannot
 # build is left out, and PyTorch's own attention takes its place.
@@ -55,13 +56,16 @@ setup(
         'seg': SEG,
         'all': ALL,
         'hub': ['huggingface_hub'],  # hf:// addresses of weights
+        'onnx': ONNX,  # tools/export.py --to onnx
         # transformers: the reference that V2 is tested against; scikit-learn: the pictures of the demo.
         'dev': [
+            *ONNX,
             'huggingface_hub',
             'pytest',
             'pytest-xdist',
             'ruff',
             'scikit-learn',
+            'tensorboard',
             'transformers>=4.45',
             'triton; platform_system == "Linux"',  # interprets and compiles the kernels without a GPU
         ],

@@ -53,7 +53,7 @@ def test_wheel_requires_the_maintained_distributions_only(wheel):
     required = [line.split(': ')[1] for line in lines if line.startswith('Requires-Dist') and 'extra ==' not in line]
     assert sorted(name.split('<')[0].split('>')[0] for name in required) == ['onedl-mmengine', 'safetensors', 'torch']
     extras = {line.split(': ')[1] for line in lines if line.startswith('Provides-Extra')}
-    assert extras == {'det', 'seg', 'all', 'hub', 'dev'}
+    assert extras == {'det', 'seg', 'all', 'hub', 'onnx', 'dev'}
 
 
 def test_the_index_lists_every_metafile_and_each_of_those_its_folder():

@@ -11,7 +11,7 @@ from swin_mm import cli
 def trained(tiny, tmp_path_factory):
     """A work_dir that `tools/train.py` has filled, and what it printed."""
     folder = tmp_path_factory.mktemp('trained')
-    return folder / 'work', run_tool('train', tiny.config, '--work-dir', 'work', cwd=folder)
+    return folder / 'work', run_tool('train', tiny.config, '--work-dir', 'work', '--vis', 'tensorboard', cwd=folder)
 
 
 @pytest.fixture

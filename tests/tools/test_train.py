@@ -29,6 +29,7 @@ def test_trains_with_progress_and_metrics(tiny, trained):
     )
     assert output.count(' eta: ') >= 3 and re.search(tiny.metric + r': \d', output)
     state = read_checkpoint(last_checkpoint(work_dir))
+    assert len(list(work_dir.rglob('events.out.tfevents.*'))) == 1, 'what TensorBoard reads'
     assert state['meta']['iter'] == 3 and any(key.startswith('backbone.') for key in state['state_dict'])
 
 
