@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from swin_mm.kernels import cpu
 from swin_mm.version import __version__
 
 _BUILD = 'pip install setuptools wheel ninja && MMCV_WITH_OPS=1 pip install --no-build-isolation'
@@ -101,6 +102,9 @@ def main() -> int:
         state = '[red]broken' if module in broken else '[yellow]absent' if problem else '[green]works'
         found = sys.modules.get(module)
         versions.add_row(NAMES.get(module, module), getattr(found, '__version__', '-'), state)
+    no_kernel = cpu.refuses(torch.device('cpu'), torch.float32, 32, False)
+    capability = torch.backends.cpu.get_cpu_capability()
+    versions.add_row('attention kernel for CPUs', capability, '[yellow]absent' if no_kernel else '[green]works')
     console.print(versions)
 
     works = Table(title='what works', title_justify='left')
@@ -115,6 +119,10 @@ def main() -> int:
         if problem:
             optional = 'optional: ' if module in OPTIONAL and module not in broken else ''
             console.print(f'- {optional}{problem}', soft_wrap=True, markup=False)
+    if no_kernel:
+        console.print(
+            f'- optional: the attention kernel for CPUs cannot be used: {no_kernel}', soft_wrap=True, markup=False
+        )
     return 1 if broken else 0
 
 

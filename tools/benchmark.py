@@ -223,7 +223,8 @@ def choose(args: Namespace) -> tuple[dict[Case, list[str]], list[Bar]]:
     bars, grids = PRESETS[args.preset]
     rival = rivals[0] if rivals else 'mmdet'
     bars = [replace(bar, case=fit(bar.case), rival=bar.rival.replace('mmdet', rival)) for bar in bars]
-    every = [f'ours/{kernel}' for kernel in KERNELS if args.preset == 'gpu']
+    elsewhere = {'cpu': 'triton', 'cuda': 'cpu'}[args.device]
+    every = [f'ours/{kernel}' for kernel in KERNELS if args.preset == 'gpu' and kernel != elsewhere]
     cases: dict[Case, list[str]] = {}
     for bar in bars:
         wanted = [name for name in (bar.rival, bar.ours) if name.partition('+')[0] in [*rivals, *OURS]]

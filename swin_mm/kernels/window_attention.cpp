@@ -68,9 +68,10 @@ inline float sum(Vec x) {
     return total;
 }
 
-// e^x for x <= 0: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], to 2e-7. What is below e^-87 becomes that.
+// e^x for x <= 0: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], to 2e-7. What is below e^-87 becomes that, and what is
+// no number stays so.
 inline Vec exponential(Vec x) {
-    x = larger(x, broadcast(-87.0f));
+    x = x < -87.0f ? broadcast(-87.0f) : x;
     const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added rounds to an integer
     const Vec n = shifted - 12582912.0f;
     const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts

@@ -55,14 +55,30 @@ def test_extreme_scores(build):
     check([cpu.attention(*arguments)], [reference.attention(*arguments)], 1e-5)
 
 
-def test_infinite_values_stay_that(build):
-    qkv, pad, bias, scale = inputs(torch.bfloat16, (4, 6), (2, 3))
+def test_bfloat16_is_rounded_once_to_the_nearest(build):
+    tensors = inputs(torch.bfloat16, (15, 20), (7, 7), True)
+    wide = [t.detach().float().requires_grad_() for t in tensors]
+    runs = []
+    for qkv, pad, bias, scale in (tensors, wide):
+        out = cpu.attention(qkv, pad, bias, (7, 7), (3, 3), scale)
+        weight = torch.ones(out.shape).bfloat16().to(out.dtype)
+        runs.append([out, *torch.autograd.grad(out, qkv, weight)])
+    assert all(torch.equal(narrow, full.bfloat16()) for narrow, full in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize('dtype', cpu.DTYPES)
+def test_what_is_no_number_stays_so_and_stays_in_its_window(build, dtype):
+    qkv, pad, bias, scale = inputs(dtype, (4, 6), (2, 3))
     qkv = qkv.detach().clone()
-    qkv[0, 0, 0, -1] = torch.nan
-    qkv[0, 0, 0, -2] = torch.inf
-    out = cpu.attention(qkv, pad, bias, (2, 3), (0, 0), scale)
-    assert out[0, :2, :3, -1].isnan().all() and out[0, :2, :3, -2].isposinf().all()
-    assert out[..., :-2].isfinite().all() and out[0, 2:].isfinite().all()
+    qkv[0, 0, 0, 0] = torch.nan  # a query
+    qkv[0, 0, 3, 16] = torch.nan  # a key
+    qkv[0, 2, 0, -1], qkv[0, 2, 0, -2] = torch.nan, torch.inf  # values
+    bias = bias.detach().float()
+    bias[1, 2, 3] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(
+        torch.float32
+    )  # rounding would carry into its sign
+    out, expected = (k.attention(qkv, pad, bias, (2, 3), (0, 0), scale).detach() for k in (cpu, reference))
+    assert torch.equal(out.isnan(), expected.isnan()) and torch.equal(out.isinf(), expected.isinf())
 
 
 def test_runs_repeat_bit_for_bit():
