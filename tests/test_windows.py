@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from swin_mm import windows as windows_module
 from swin_mm.windows import (
     MASKED,
     from_windows,
@@ -30,7 +31,9 @@ def test_from_windows_undoes_to_windows(size, window, shift):
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('window, shift', [((7, 7), (0, 0)), ((7, 7), (3, 3)), ((4, 6), (2, 3)), ((4, 6), (0, 5))])
-def test_by_index_equals_the_definition_and_so_do_gradients(size, window, shift):
+@pytest.mark.parametrize('traced', [False, True])
+def test_by_index_equals_the_definition_and_so_do_gradients(size, window, shift, traced, monkeypatch):
+    monkeypatch.setattr(windows_module, 'tracing', lambda: traced)
     x, pad = torch.randn(3, *size, 2, requires_grad=True), torch.randn(2, requires_grad=True)
     expected = to_windows(x, window, shift, pad)
     windows = gather_windows(x, window, shift, pad)

@@ -9,11 +9,13 @@ only if it gives what the model gives. docs/export.md tells more.
 """
 
 import copy
+import logging
 import re
 import sys
 import warnings
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from math import inf
 from pathlib import Path
 from unittest import mock
@@ -25,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import swin_mm  # noqa: F401 (registers the backbones)
@@ -36,7 +39,7 @@ FORMATS = {'torch.export': '.pt2', 'onnx': '.onnx', 'torchscript': '.pt', 'safet
 # Batch, height and width to compare at: multiples of windows, of patches, of neither, one window, upright and lying.
 SIZES = ((1, 224, 224), (2, 256, 192), (1, 97, 131), (3, 28, 28), (2, 333, 250), (1, 800, 1333))
 TOLERANCE = 1e-4  # largest difference over largest magnitude of an output
-OPSETS = range(18, 24)  # what both PyTorch's exporter and onnxruntime know
+OPSET, OPSETS = 20, range(18, 24)  # default; what both PyTorch's exporter and onnxruntime know
 Run = Callable[[Tensor], Iterable[Tensor]]
 
 
@@ -56,7 +59,9 @@ def parse_args() -> Namespace:
         '(default: backbone)',
     )
     parser.add_argument('--size', metavar='WxH', help='fix the images to this width and height; torchscript needs it')
-    parser.add_argument('--opset', type=int, metavar='N', help='of ONNX, 18 to 23 (default: 20)')
+    parser.add_argument(
+        '--opset', type=int, metavar='N', help=f'of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})'
+    )
     parser.add_argument('--force', action='store_true', help='replace FILE if it exists')
     return parser.parse_args()
 
@@ -119,6 +124,8 @@ def check(args: Namespace) -> tuple[int, int] | None:
             raise cli.InputError(f'--to onnx: {error}; pip install onnx onnxscript onnxruntime') from error
     if args.opset is not None and (args.to != 'onnx' or args.opset not in OPSETS):
         raise cli.InputError(f'--opset {args.opset}: of ONNX, {OPSETS[0]} to {OPSETS[-1]}')
+    if args.size is not None and args.to == 'safetensors':
+        raise cli.InputError('--size: safetensors holds weights alone, which serve every size; leave --size out')
     if args.size is None:
         if args.to == 'torchscript':
             raise cli.InputError('--to torchscript traces one size of image: give it with --size WxH')
@@ -137,6 +144,8 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
         CheckpointError: the checkpoint cannot be read.
     """
     state = unwrap(read_checkpoint(checkpoint))
+    if part == 'backbone':  # ours finds its weights by itself, others do not
+        state = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state
     if 'backbone' not in cfg.get('model', ()):
         raise cli.InputError(f'{cfg.filename} has no model with a backbone')
     for how_to_run in ('compile', 'cuda_graphs', 'attention'):
@@ -145,7 +154,7 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
     try:
         model = MODELS.build(copy.deepcopy(cfg.model.backbone if part == 'backbone' else cfg.model))
     except Exception as error:
-        raise cli.InputError(f'{cfg.filename} cannot be built: {error} (--debug shows where)') from error
+        raise cli.InputError(f'{cfg.filename} cannot be built: {reason(error)} (--debug shows where)') from error
     try:
         absent = model.load_state_dict(state, strict=part == 'backbone').missing_keys
     except RuntimeError as error:
@@ -157,21 +166,26 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
             f'{checkpoint} is not a checkpoint of {cfg.filename}: {len(absent)} weights are not there, '
             f'the first is {absent[0]}'
         )
-    if part == 'model' and getattr(model, 'with_roi_head', False):
-        # torch.export: Could not guard on data-dependent expression Eq(u0, 1); u0 is how many boxes were chosen.
-        raise cli.InputError(
-            f'--part model: {type(model).__name__} chooses boxes between its two stages, and their number depends on '
-            'the image, which a graph cannot; --part backbone works'
-        )
-    return model.eval()
+    model.eval()  # returns nothing in some libraries
+    return model
 
 
 class Part(nn.Module):
     """What is exported: images (B, channels, H, W) to tensors, which have names."""
 
     def __init__(self, model: nn.Module, part: str) -> None:
-        """Take a model or its backbone."""
+        """Take a model or its backbone.
+
+        Raises:
+            InputError: the model has two stages.
+        """
         super().__init__()
+        if part == 'model' and getattr(model, 'with_roi_head', False):
+            # torch.export: Could not guard on data-dependent expression Eq(u0, 1); u0 is how many boxes were chosen.
+            raise cli.InputError(
+                f'--part model: {type(model).__name__} chooses boxes between its two stages, and their number depends '
+                'on the image, which a graph cannot; --part backbone works'
+            )
         self.model = model
         self.backbone_alone = part == 'backbone'
 
@@ -213,8 +227,9 @@ def to_graph(part: Part, image: Tensor, least: int | None) -> ExportedProgram:
     # Or else sizes of 1 and batches of 1 would be cases of their own.
     with torch.fx.experimental._config.patch(backed_size_oblivious=True):
         program = torch.export.export(part, (image,), dynamic_shapes=({0: Dim('batch', min=1), **sides},))
-    for node in program.graph.nodes:  # where the code stood
-        node.meta.pop('stack_trace', None)
+    graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
+    for node in chain.from_iterable(graph.nodes for graph in graphs):
+        node.meta.pop('stack_trace', None)  # paths on this machine
         node.meta.pop('nn_module_stack', None)
     return program
 
@@ -231,6 +246,7 @@ def write_onnx(part: Part, image: Tensor, least: int | None, file: Path, opset: 
     """ONNX."""
     import onnxruntime
 
+    logging.getLogger('torch.onnx').setLevel(logging.ERROR)  # warns of torchvision's absence
     with mock.patch.object(nn.AdaptiveAvgPool2d, 'forward', pool):
         program = to_graph(part, image, least)
     sides = {} if least is None else {2: 'height', 3: 'width'}
@@ -238,7 +254,7 @@ def write_onnx(part: Part, image: Tensor, least: int | None, file: Path, opset: 
         program,
         input_names=['image'],
         output_names=part.names(len(program.graph_signature.user_outputs)),
-        opset_version=opset,
+        opset_version=opset or OPSET,
         dynamic_shapes=({0: 'batch', **sides},),
         dynamo=True,
         verbose=False,
@@ -285,7 +301,7 @@ def compare(part: Part, run: Run, images: list[Tensor], title: str, console: Con
         for name, a, e in zip(part.names(len(expected)), actual, expected, strict=True):
             largest = e.abs().max().item()
             difference = (a - e).abs().max().item() if a.shape == e.shape else inf
-            relative = difference / largest
+            relative = difference / (largest or 1)
             colour = 'green' if relative <= TOLERANCE else 'red'
             numbers = f'{largest:.3g}', f'{difference:.1e}', f'[{colour}]{relative:.1e}'
             table.add_row(shape(image), name, shape(e), *numbers)

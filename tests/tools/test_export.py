@@ -4,12 +4,12 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from oracles import randomise
+from oracles import mmdet_twin, randomise
 from safetensors.torch import load_file
-from tiny import make_tiny
+from tiny import ROOT, SMALL_BACKBONE, make_tiny
 from torch import nn
 
-import swin_mm
+import swin_mm  # noqa: F401 (registers the backbones)
 from swin_mm import cli
 
 BACKBONE = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2], strides=[4, 2], out_indices=[0, 1])
@@ -26,13 +26,12 @@ def variant(request):
     return request.param
 
 
-def make(folder, **options):
-    """A config with a tiny backbone, its checkpoint, and the model itself."""
+def make(folder, model=None, **options):
+    """A config with a tiny backbone, its checkpoint, and the model itself, or one with the same arguments."""
     backbone = BACKBONE | options
     config, checkpoint = folder / 'config.py', folder / 'weights.pth'
     config.write_text(f'model = dict(backbone={backbone})\n')
-    kind = swin_mm.SwinTransformerV2 if backbone['type'].endswith('V2') else swin_mm.SwinTransformer
-    model = randomise(kind(**{key: value for key, value in backbone.items() if key != 'type'})).eval()
+    model = model or randomise(MODELS.build(backbone)).eval()
     torch.save({'state_dict': {f'backbone.{key}': value for key, value in model.state_dict().items()}}, checkpoint)
     return config, checkpoint, model
 
@@ -50,17 +49,24 @@ def export(tool, monkeypatch):
     return call
 
 
+def leftovers(file):
+    """Places in source files of this machine."""
+    content = file.read_bytes()
+    return [part for part in (b'swin_mm/', b'site-packages', b'test_export', b'pkg.torch') if part in content]
+
+
 def read(file):
     """An exported file as a function of an image; none of its operators may be the project's."""
     if file.suffix == '.pt2':
         program = torch.export.load(file)
         assert not [node for node in program.graph.nodes if 'swin' in str(node.target)]
-        assert b'test_export' not in file.read_bytes() and b'swin_mm/' not in file.read_bytes()
+        assert not leftovers(file)
         return program.module()
     if file.suffix == '.pt':
         return torch.jit.load(file)
     onnx, runtime = pytest.importorskip('onnx'), pytest.importorskip('onnxruntime')
-    assert {opset.domain for opset in onnx.load(file).opset_import} == {''}
+    assert [(opset.domain, opset.version) for opset in onnx.load(file).opset_import] == [('', 20)]
+    assert not leftovers(file)
     session = runtime.InferenceSession(file)
     return lambda image: [torch.from_numpy(output) for output in session.run(None, {'image': image.numpy()})]
 
@@ -77,13 +83,22 @@ def same(file, model, sizes):
 def test_any_size(export, tmp_path, variant, to, suffix):
     if to == 'onnx':
         pytest.importorskip('onnxscript')
-    config, checkpoint, model = make(tmp_path, **VARIANTS[variant])
+    # V1 is compared with mmdet's, whose weights the file then has.
+    model = mmdet_twin(**BACKBONE, window_size=7)[0] if variant == 'v1' else None
+    config, checkpoint, model = make(tmp_path, model, **VARIANTS[variant])
     assert export(config, checkpoint, '--to', to, '--out', tmp_path / f'swin.{suffix}') == 0
     same(tmp_path / f'swin.{suffix}', model, SIZES)
     assert {path.name for path in tmp_path.iterdir()} == {'config.py', 'weights.pth', f'swin.{suffix}'}
 
 
-def test_windows_that_shrink_give_a_smallest_size(export, tmp_path):
+@pytest.mark.parametrize('pads, least', [(True, 1), (False, 57)])
+def test_windows_that_shrink_give_a_smallest_size(tool, tmp_path, pads, least):
+    model = make(tmp_path, **VARIANTS['v1'], pad_small_map=pads)[2]
+    assert tool('export').smallest(model) == least  # the last stage has a stride of 8 and windows of 7
+
+
+@pytest.mark.slow
+def test_windows_that_shrink(export, tmp_path):
     config, checkpoint, model = make(tmp_path, **VARIANTS['v1'], pad_small_map=False)
     assert export(config, checkpoint, '--to', 'torch.export', '--out', tmp_path / 'swin.pt2') == 0
     same(tmp_path / 'swin.pt2', model, [(1, 57, 80)])
@@ -103,6 +118,13 @@ def test_safetensors(export, tmp_path, variant):
     state = load_file(tmp_path / 'swin.safetensors')
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_any_backbone(export, tmp_path):
+    config, checkpoint, model = make(tmp_path, MODELS.build(dict(type='mmdet.ResNet', depth=18)))
+    config.write_text("model = dict(backbone=dict(type='mmdet.ResNet', depth=18))")
+    assert export(config, checkpoint, '--to', 'safetensors', '--out', tmp_path / 'resnet.safetensors') == 0
+    assert torch.equal(load_file(tmp_path / 'resnet.safetensors')['conv1.weight'], model.state_dict()['conv1.weight'])
 
 
 def test_a_wrong_weight_is_seen_and_leaves_nothing(export, tmp_path, monkeypatch):
@@ -132,6 +154,7 @@ def test_bad_input(refuse, tmp_path):
         ('--to', 'torch.export', '--out', 'swin.pt2', '--opset', '20'): '--opset 20: of ONNX',
         ('--to', 'torchscript', '--out', 'swin.pt'): 'give it with --size WxH',
         ('--to', 'torchscript', '--out', 'swin.pt', '--size', '40'): '--size 40: expected width and height',
+        ('--to', 'safetensors', '--out', 'swin.safetensors', '--size', '40x40'): 'leave --size out',
         ('--to', 'torch.export', '--out', 'swin.pt2', '--part', 'model'): 'cannot be built',
     }.items():
         assert message in refuse('export', config, checkpoint, *rest)
@@ -145,14 +168,19 @@ def test_unknown_part(export, tmp_path, capsys):
     assert stopped.value.code == 2 and "invalid choice: 'neck'" in capsys.readouterr().err
 
 
-def whole(task, data, folder):
-    """The tiny model of a task: config, checkpoint and model."""
-    config = make_tiny(task, data, folder).config
+def build(config, folder):
+    """The model of a config, and its checkpoint in a folder."""
     cfg = Config.fromfile(config)
     init_default_scope(cfg.default_scope)
     model = randomise(MODELS.build(cfg.model)).eval()
     torch.save({'state_dict': model.state_dict()}, folder / 'weights.pth')
-    return config, folder / 'weights.pth', model
+    return model
+
+
+def whole(task, data, folder):
+    """The tiny model of a task: config, checkpoint and model."""
+    config = make_tiny(task, data, folder).config
+    return config, folder / 'weights.pth', build(config, folder)
 
 
 def test_two_stages_are_refused(refuse, data, tmp_path):
@@ -168,6 +196,20 @@ def test_a_whole_segmentor_at_any_size(export, data, tmp_path, to, suffix):
     file = tmp_path / f'swin.{suffix}'
     assert export(config, checkpoint, '--part', 'model', '--to', to, '--out', file) == 0
     same(file, lambda image: [model.encode_decode(image, [{'img_shape': image.shape[2:]}])], SIZES)
+
+
+@pytest.mark.slow
+def test_a_whole_one_stage_detector_at_any_size(export, tmp_path):
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = r'{ROOT}/configs/retinanet/retinanet_swin-t-p4-w7_fpn_adamw-1x_coco.py'\n"
+        f'model = dict({SMALL_BACKBONE} neck=dict(in_channels=[16, 32, 64, 128], out_channels=16), '
+        'bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=2))\n'
+    )
+    model = build(config, tmp_path)
+    file = tmp_path / 'swin.onnx'
+    assert export(config, tmp_path / 'weights.pth', '--part', 'model', '--to', 'onnx', '--out', file) == 0
+    same(file, lambda image: [output for kind in model(image, mode='tensor') for output in kind], SIZES)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 5), (6, 3), (7, 12), (13, 4)])
