@@ -25,9 +25,16 @@ STYLE = {
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches to draw on, which is then saved, in the format of the path's suffix."""
+    """A figure of so many inches to draw on, which is then saved, in the format of the path's suffix.
+
+    Raises:
+        InputError: it cannot be written.
+    """
     with rc_context(STYLE):
         drawn = Figure((width, height), layout='constrained')
         yield drawn
-        with cli.replacing(path) as part:
-            drawn.savefig(part)
+        try:
+            with cli.replacing(path) as part:
+                drawn.savefig(part)
+        except OSError as error:
+            raise cli.InputError(f'{path} cannot be written: {error.strerror or error}') from error

@@ -13,15 +13,14 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from rich.console import Console
 from rich.table import Table
 
 from swin_mm import cli
 from swin_mm.data_check import Part, check
+from swin_mm.figures import figure
 
 PARTS = ('train', 'val', 'test')
 
@@ -97,38 +96,35 @@ def plot(parts: list[Part], folder: Path) -> None:
     """Draw the balance of classes, and the sizes of images and objects."""
     classes = parts[0].classes
     order = sorted(range(len(classes)), key=lambda index: parts[0].amounts[index])
-    figure, axes = plt.subplots(figsize=(8, 1.5 + 0.25 * len(classes)), layout='constrained')
-    thick = 0.8 / len(parts)
-    for row, part in enumerate(parts):
-        shares = [100 * part.amounts[index] / (part.amounts.total() or 1) for index in order]
-        axes.barh(np.arange(len(order)) - row * thick, shares, thick, label=part.name)
-    axes.set_yticks(np.arange(len(order)) - 0.4 + thick / 2, [classes[index] for index in order])
-    unit = 'objects' if parts[0].objects else 'labelled pixels'
-    axes.set(xscale='log', ylim=(-1, len(order)), xlabel=f'% of {unit}', title='Balance of classes')
-    save(figure, folder / 'classes.png')
-
-    figure, axes = plt.subplots(1, 2 if parts[0].objects else 1, figsize=(12, 5), squeeze=False, layout='constrained')
-    for part in parts:
-        axes[0, 0].scatter(*np.array(part.sizes).reshape(-1, 2).T, s=12, alpha=0.4, label=part.name)
-    axes[0, 0].set(xlabel='width, pixels', ylabel='height, pixels', title='Sizes of images', xlim=0, ylim=0)
-    if parts[0].objects:
-        for part in parts:
-            shares = np.full(len(part.objects), 100 / max(len(part.objects), 1))
-            axes[0, 1].hist(part.objects, np.geomspace(1, 2048, 34), weights=shares, histtype='step', label=part.name)
-        axes[0, 1].set(xscale='log', xlabel='√area of the box, pixels', ylabel='% of objects', title='Sizes of objects')
-        ticks = [2, 8, 32, 96, 256, 1024]  # between 32 and 96 COCO calls objects medium
-        axes[0, 1].set_xticks(ticks, ticks, minor=False)
-        axes[0, 1].xaxis.set_minor_locator(NullLocator())
-    save(figure, folder / 'sizes.png')
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure."""
-    for axes in figure.axes:
+    with figure(folder / 'classes.png', 8, 1.5 + 0.25 * len(classes)) as drawn:
+        axes = drawn.subplots()
+        thick = 0.8 / len(parts)
+        for row, part in enumerate(parts):
+            shares = [100 * part.amounts[index] / (part.amounts.total() or 1) for index in order]
+            axes.barh(np.arange(len(order)) - row * thick, shares, thick, label=part.name)
+        axes.set_yticks(np.arange(len(order)) - 0.4 + thick / 2, [classes[index] for index in order])
+        unit = 'objects' if parts[0].objects else 'labelled pixels'
+        axes.set(xscale='log', ylim=(-1, len(order)), xlabel=f'% of {unit}', title='Balance of classes')
         axes.legend()
-    with cli.replacing(path) as file:
-        figure.savefig(file, dpi=150)
-    plt.close(figure)
+
+    with figure(folder / 'sizes.png', 12, 5) as drawn:
+        axes = drawn.subplots(1, 2 if parts[0].objects else 1, squeeze=False)[0]
+        for part in parts:
+            axes[0].scatter(*np.array(part.sizes).reshape(-1, 2).T, s=12, alpha=0.4, label=part.name)
+        axes[0].set(xlabel='width, pixels', ylabel='height, pixels', title='Sizes of images', xlim=0, ylim=0)
+        if parts[0].objects:
+            for part in parts:
+                shares = np.full(len(part.objects), 100 / max(len(part.objects), 1))
+                bins = np.geomspace(1, 2048, 34)
+                axes[1].hist(part.objects, bins, weights=shares, histtype='step', label=part.name)
+            axes[1].set(
+                xscale='log', xlabel='√area of the box, pixels', ylabel='% of objects', title='Sizes of objects'
+            )
+            ticks = [2, 8, 32, 96, 256, 1024]  # between 32 and 96 COCO calls objects medium
+            axes[1].set_xticks(ticks, ticks, minor=False)
+            axes[1].xaxis.set_minor_locator(NullLocator())
+        for panel in axes:
+            panel.legend()
 
 
 if __name__ == '__main__':

@@ -93,7 +93,10 @@ class Stage(NamedTuple):
 def main(args: Namespace) -> None:
     """Draw."""
     cfg = cli.read_config(args)
-    picture, image, (width, height) = read_image(cfg, args.image, numbers(args.size, 'x', '--size'))
+    size = numbers(args.size, 'x', '--size')
+    if size and min(size) < 1:
+        raise cli.InputError(f'--size {args.size} has no pixels')
+    picture, image, (width, height) = read_image(cfg, args.image, size)
     x, y = numbers(args.point, ',', '--point') or (width // 2, height // 2)
     if not (0 <= x < width and 0 <= y < height):
         raise cli.InputError(f'--point {args.point} is outside of the image, which has {width} × {height} pixels')
@@ -102,8 +105,7 @@ def main(args: Namespace) -> None:
     stages = watch(backbone, image, args.block)
 
     def path(name: str) -> Path:
-        print(file := args.out / f'{name}.{args.format}')
-        return file
+        return args.out / f'{name}.{args.format}'
 
     draw_features(path('features'), picture, stages)
     draw_windows(path('windows'), picture, stages)
@@ -111,6 +113,7 @@ def main(args: Namespace) -> None:
         where = f'stage {number}, block {list(backbone.layers[number].blocks).index(stage.block)}'
         draw_attention(path(f'attention_stage{number}'), picture, stage, point, where)
         draw_bias(path(f'bias_stage{number}'), stage.block, where)
+    print(f'written: {args.out}')
 
 
 def numbers(text: str | None, separator: str, option: str) -> tuple[int, int] | None:
@@ -134,7 +137,7 @@ def read_image(cfg: Config, path: str, size: Size | None) -> tuple[np.ndarray, T
     if size := size or usual_scale(cfg):
         picture = mmcv.imrescale(picture, size)
     # That of a classifier stands beside the model, with a name of its own for the order of the channels.
-    settings = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    settings = cfg.get('model', {}).get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     swap = settings.get('bgr_to_rgb', settings.get('to_rgb', False))
     prepare = ImgDataPreprocessor(settings.get('mean'), settings.get('std'), bgr_to_rgb=swap)
     tensor = torch.from_numpy(picture.transpose(2, 0, 1).copy())
@@ -326,7 +329,7 @@ def heat(axes: Axes, values: np.ndarray, tokens: tuple[slice, slice], **colours:
     return axes.imshow(values, extent=extent(tokens), interpolation='nearest', **colours)
 
 
-def lines(axes: Axes, rows: Any, columns: Any, width: float = 0.6) -> None:
+def lines(axes: Axes, rows: list[int], columns: list[int], width: float) -> None:
     """Lines through the whole picture that show on bright and on dark ground."""
     for colour, thickness in (('black', 2.2 * width), ('white', width)):
         for row in rows:
@@ -350,7 +353,7 @@ def frame(axes: Axes, tokens: tuple[slice, slice], colour: str, width: float) ->
 
 def draw_features(path: Path, picture: np.ndarray, stages: list[Stage]) -> None:
     """Each stage's map as colours and as length, beside the image."""
-    height = min(2.5 * picture.shape[0] / picture.shape[1], 4)
+    height = np.clip(2.5 * picture.shape[0] / picture.shape[1], 1.2, 4)
     with figure(path, 2.6 * (len(stages) + 1), 2 * height + 1.3) as drawn:
         drawn.suptitle('Feature maps')
         axes = drawn.subplots(2, len(stages) + 1)

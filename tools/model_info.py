@@ -6,8 +6,9 @@
 needs neither weights nor data nor a GPU: the model has shapes but no numbers. What is counted:
 
 GMAC: 10^9 multiply-adds to predict on one image, of convolutions, linear layers and matrix products, those of attention
-on padded tokens too; norms, activations, interpolation, and choosing and cutting out boxes are not. The second stage of
-a detector runs on 1000 boxes and 100 masks. A head for training alone has none.
+on padded tokens too; norms, activations, interpolation, and choosing and cutting out boxes are not, nor are projections
+of padding, which this backbone leaves out and published counts have. The second stage of a detector runs on 1000 boxes
+and 100 masks. A head for training alone has none.
 
 MiB kept: tensors of the backbone, other than weights, that autograd holds for the backward pass of a training step of
 one batch in float32. The reference kernel keeps the scores of attention, the Triton kernel for GPUs does not. Weights,
@@ -85,22 +86,17 @@ def main(args: Namespace) -> None:
             continue
         swin = isinstance(model.backbone, SwinPyramid)
         bytes_kept = {name: kept(config, width, height, args.batch, k) for name, k in KERNELS.items()} if swin else {}
-        console.print(f'\n[bold]{Path(path).stem}[/], image of {width} × {height}')
-        console.print(table_of_parts(model, multiplications, bytes_kept, args.batch))
+        batch = f'; kept with a batch of {args.batch}' if swin else ''
+        console.print(f'\n{Path(path).stem}, image of {width} × {height}{batch}', markup=False, highlight=False)
+        console.print(table_of_parts(model, multiplications, bytes_kept))
         if swin:
+            console.print('Stages, sizes as height×width')
             console.print(table_of_stages(model.backbone, width, height))
 
 
-def table_of_parts(
-    model: nn.Module, multiplications: Counter[str], bytes_kept: dict[str, Counter[str]], batch: int
-) -> Table:
+def table_of_parts(model: nn.Module, multiplications: Counter[str], bytes_kept: dict[str, Counter[str]]) -> Table:
     """Parameters, multiply-adds and memory, by part."""
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        title=f'Parts; kept for backward with a batch of {batch}',
-        title_justify='left',
-    )
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True)
     table.add_column('part', no_wrap=True)
     for title in ('parameters', 'GMAC', *(f'MiB kept,\n{kernel}' for kernel in bytes_kept)):
         table.add_column(title, justify='right')
@@ -129,9 +125,7 @@ def table_of_parts(
 def table_of_stages(backbone: SwinPyramid, width: int, height: int) -> Table:
     """Maps, windows and heads of a backbone's stages."""
     titles = ('stage', 'blocks', 'channels', 'heads', 'map', 'window', 'shift', 'padded', 'windows')
-    table = Table(
-        *titles, title='Stages, sizes as height×width', title_justify='left', box=box.SIMPLE_HEAD, collapse_padding=True
-    )
+    table = Table(*titles, box=box.SIMPLE_HEAD, collapse_padding=True)
     for i, (stage, size) in enumerate(zip(backbone.layers, map_sizes(backbone, width, height), strict=True)):
         block = stage.blocks[-1]
         window, shift = block.fit(size)

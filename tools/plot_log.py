@@ -82,13 +82,11 @@ def main(args: Namespace) -> None:
     if not runs:
         raise cli.InputError('there is nothing to draw in any of the runs, for the reasons named above')
     keys = choose(runs, args.keys)
-    if not keys:
-        there = ', '.join(dict.fromkeys(key for run in runs.values() for key in run))
-        raise cli.InputError(f'--keys {" ".join(args.keys or ["(default)"])} match nothing; there are: {there}')
     draw(args.out, runs, keys, args.smooth)
     console = Console()
     for name, run in runs.items():
-        console.print(summary(name, run))
+        console.print(headline(name, run), markup=False, highlight=False, soft_wrap=True)
+        console.print(summary(run))
     console.print(f'{args.out}', markup=False, highlight=False, soft_wrap=True)
     if problems:
         sys.exit(1)
@@ -117,18 +115,21 @@ def records(run: Path, problems: list[str]) -> list[dict]:
     """
     joined: list[dict] = []
     for path in find(run):
-        found, last = [], 0
+        found, bad, last = [], [], 0
         for number, line in enumerate(path.read_text(errors='replace').splitlines(), start=1):
             try:
                 record = json.loads(line)
                 step = record['step'] + 0
             except (ValueError, TypeError, KeyError):
                 if line.strip():
-                    problems.append(f'{path}, line {number}: not a record of scalars with a step: {line[:60]!r}')
+                    bad.append(f'line {number}, {line[:60]!r}')
                 continue
             # In validation the step may be an epoch.
             last = step if 'iter' in record else max(step, last)
             found.append(record | {'at': last})
+        if bad:
+            more = f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''
+            problems.append(f'{path}: {bad[0]}{more}: not a record of scalars with a step')
         begin = min((r['at'] for r in found if 'iter' in r), default=math.inf)
         joined = [r for r in joined if r['at'] < begin] + found
     if not joined:
@@ -152,13 +153,22 @@ def curves(logged: list[dict]) -> dict[str, Curve]:
 
 
 def choose(runs: dict[str, dict[str, Curve]], patterns: list[str] | None) -> list[str]:
-    """The keys to draw: those that match, or the losses, the learning rate and the metrics."""
+    """The keys to draw: those that match, or the losses, the learning rate and the metrics.
+
+    Raises:
+        InputError: a pattern matches nothing, or there is nothing of the latter.
+    """
     metric = {key: curve.metric for run in runs.values() for key, curve in run.items()}
     if patterns:
-        return list(dict.fromkeys(key for pattern in patterns for key in metric if fnmatch(key, pattern)))
+        matches = {pattern: [key for key in metric if fnmatch(key, pattern)] for pattern in patterns}
+        if lacking := [pattern for pattern, keys in matches.items() if not keys]:
+            raise cli.InputError(f'--keys {" ".join(lacking)} match nothing; there are: {", ".join(metric)}')
+        return list(dict.fromkeys(key for keys in matches.values() for key in keys))
     keys = [key for key in ('loss', 'lr') if key in metric]
     keys += [key for key in metric if metric[key] and not key.endswith(DETAILS)]
     keys += [key for key in metric if not metric[key] and 'loss' in key and key != 'loss']
+    if not keys:
+        raise cli.InputError(f'no losses, lr or metrics are logged; choose with --keys from: {", ".join(metric)}')
     if len(keys) > MOST:
         print(f'drawn are {MOST} of {len(keys)} keys; --keys draws others: {", ".join(keys[MOST:])}')
     return keys[:MOST]
@@ -177,7 +187,7 @@ def draw(path: Path, runs: dict[str, dict[str, Curve]], keys: list[str], count: 
     """A panel for each key, a colour for each run."""
     columns = min(len(keys), 3 if len(keys) <= 9 else 4)
     rows = math.ceil(len(keys) / columns)
-    with figure(path, 3.6 * columns, 2.4 * rows + 0.6) as drawn:
+    with figure(path, max(3.6 * columns, 6), 2.4 * rows + 0.6) as drawn:
         panels = drawn.subplots(rows, columns, sharex=True, squeeze=False).ravel()
         for axes, key in zip(panels, keys, strict=False):
             axes.set_title(key)
@@ -193,7 +203,7 @@ def draw(path: Path, runs: dict[str, dict[str, Curve]], keys: list[str], count: 
             axes.remove()
         drawn.supxlabel('iteration', fontsize=9)
         if len(runs) == 1:
-            drawn.suptitle(next(iter(runs)))
+            drawn.suptitle(next(iter(runs)), fontsize='medium')
         else:
             handles = [Line2D([], [], color=f'C{index}') for index in range(len(runs))]
             drawn.legend(handles, runs, loc='outside upper center')
@@ -208,15 +218,19 @@ def draw_curve(axes: Axes, curve: Curve, colour: str, count: int) -> None:
         axes.plot(curve.iterations, smoothed(curve.values, count), color=colour)
 
 
-def summary(name: str, run: dict[str, Curve]) -> Table:
-    """Last and best values of a run: the least of a loss, the largest of a metric."""
-    last = max(curve.iterations[-1] for curve in run.values())
-    costs = []
+def headline(name: str, run: dict[str, Curve]) -> str:
+    """How far a run is and what it costs."""
+    words = [name, f'{max(curve.iterations[-1] for curve in run.values()):.0f} iterations']
     if 'time' in run:
-        costs.append(f'{np.nanmean(run["time"].values):.3f} s per iteration')
+        words.append(f'{np.nanmean(run["time"].values):.3f} s per iteration')
     if 'memory' in run:
-        costs.append(f'{np.nanmax(run["memory"].values):,.0f} MiB of GPU memory')
-    table = Table(box=box.SIMPLE_HEAD, title=', '.join([name, f'{last:.0f} iterations', *costs]), title_justify='left')
+        words.append(f'{np.nanmax(run["memory"].values):,.0f} MiB of GPU memory')
+    return ', '.join(words)
+
+
+def summary(run: dict[str, Curve]) -> Table:
+    """Last and best values of a run: the least of a loss, the largest of a metric."""
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column('')
     for title in ('last', 'at', 'best', 'at'):
         table.add_column(title, justify='right')
@@ -225,7 +239,7 @@ def summary(name: str, run: dict[str, Curve]) -> Table:
             continue
         cells = [f'{values[-1]:.4g}', f'{iterations[-1]:.0f}']
         if (metric or 'loss' in key) and np.isfinite(values).any():
-            best = np.nanargmax(values) if metric else np.nanargmin(values)
+            best = np.nanargmin(values) if 'loss' in key else np.nanargmax(values)
             cells += [f'{values[best]:.4g}', f'{iterations[best]:.0f}']
         table.add_row(key, *cells)
     return table

@@ -1,6 +1,9 @@
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -104,6 +107,48 @@ def test_what_is_watched(tool):
     assert not model.layers[0]._forward_hooks and not second.block._forward_pre_hooks
 
 
+def test_what_is_drawn_lies_where_it_belongs(tool, monkeypatch):
+    look, figures = tool('look'), []
+
+    @contextmanager
+    def kept(path, width, height):
+        figures.append(Figure((width, height)))
+        yield figures[-1]
+
+    monkeypatch.setattr(look, 'figure', kept)
+    options = dict(embed_dims=16, depths=(2,), num_heads=(2,), strides=(4,), out_indices=(0,))
+    model = SwinPyramid(**options, window_size=(3, 4)).eval()
+    (stage,) = look.watch(model, torch.randn(1, 3, 37, 42), -1)  # 10 × 11 tokens, 12 × 12 with padding
+    picture = np.random.default_rng(0).integers(0, 256, (37, 42, 3), dtype=np.uint8)
+    look.draw_windows('windows', picture, [stage])
+    look.draw_attention('attention', picture, stage, (5, 30), 'stage 0')  # x, y: row 7, column 1
+    look.draw_bias('bias', stage.block, 'stage 0')
+    windows, attention, bias = figures
+
+    for axes, rows, columns in zip(
+        windows.axes, ([3, 6, 9], [1, 4, 7, 10], [3, 6, 9]), ([4, 8], [2, 6, 10], [4, 8]), strict=True
+    ):
+        drawn = [tuple(np.ravel(line.get_data())) for line in axes.lines]
+        assert {y for *_, y, z in drawn if y == z} == set(rows) and {x for x, z, *_ in drawn if x == z} == set(columns)
+        assert all(image.get_extent() == [0, 12, 12, 0] for image in axes.images)
+    rolled = windows.axes[2].images[0].get_array()
+    assert (rolled[0, 0, :3] == picture[4, 8]).all() and (rolled[-4, -8, :3] == picture[0, 0]).all()
+    assert (rolled[29:33, :34, 3] == 255).all() and (rolled[33:44, :34, 3] == 0).all(), 'padding is transparent'
+
+    panels = {axes.get_title(): axes for axes in attention.axes}
+    expected = look.attention_map(stage.block, stage.entered, (7, 1))
+    assert np.isfinite(expected[0]).nonzero()[0].tolist() == [7] * 2 + [8] * 2 + [9] * 2
+    seen, (token,) = panels['a token (cross) and what it sees'].patches[1], panels['head 1'].patches[1:]
+    assert (seen.get_xy(), seen.get_width(), seen.get_height()) == ((0, 7), 2, 3)
+    assert (token.get_xy(), token.get_width(), token.get_height()) == ((1, 7), 1, 1)
+    for title, values in (('head 1', expected[1]), ('mean of the heads', expected.mean(0))):
+        image = panels[title].images[-1]
+        left, right, bottom, top = image.get_extent()
+        np.testing.assert_array_equal(image.get_array().filled(np.nan), values[top:bottom, left:right])
+    assert bias.axes[1].images[0].get_extent() == [-3.5, 3.5, 2.5, -2.5]
+    np.testing.assert_array_equal(bias.axes[1].images[0].get_array(), look.bias_map(stage.block)[1])
+
+
 def test_principal_components(tool):
     random = np.random.default_rng(0)
     strengths = random.normal(size=(3, 20, 30)) * np.array([9, 3, 1])[:, None, None]
@@ -114,6 +159,14 @@ def test_principal_components(tool):
     for strength, colour in zip(strengths, np.moveaxis(colours, -1, 0), strict=True):
         inside = (colour > 0) & (colour < 1)
         assert abs(np.corrcoef(strength[inside], colour[inside])[0, 1]) > 0.98
+    for equal in (torch.ones(8, 1, 1), torch.ones(8, 4, 5)):
+        colours, shares = tool('look').principal_colours(equal)
+        assert (colours == 0.5).all() and (shares == 0).all()
+
+
+@pytest.mark.parametrize('count, grid', [(1, (1, 1)), (3, (1, 3)), (4, (2, 2)), (6, (2, 3)), (24, (4, 6)), (5, (1, 5))])
+def test_panels_leave_no_gaps(tool, count, grid):
+    assert tool('look').grid_of(count) == grid
 
 
 @pytest.fixture
@@ -127,15 +180,23 @@ def photo(tmp_path):
 def test_image_is_prepared_as_the_config_says(tool, photo):
     mean, std = [10.0, 20.0, 30.0], [2.0, 4.0, 8.0]
     rgb = np.array(Image.open(photo)).astype(np.float32)
-    for swap, channels in ((True, rgb), (False, rgb[..., ::-1])):
-        cfg = Config(
-            dict(model=dict(data_preprocessor=dict(type='Any', mean=mean, std=std, bgr_to_rgb=swap, pad_val=0)))
-        )
-        picture, image, scale = tool('look').read_image(cfg, str(photo), None)
-        assert scale == 1 and (picture == rgb).all()
+    settings = dict(type='Any', mean=mean, std=std, pad_val=0)
+    for name, swap, channels in (
+        ('bgr_to_rgb', True, rgb),
+        ('bgr_to_rgb', False, rgb[..., ::-1]),
+        ('to_rgb', True, rgb),
+    ):
+        prepare = dict(data_preprocessor=settings | {name: swap})
+        cfg = Config(dict(model=dict(), **prepare) if name == 'to_rgb' else dict(model=prepare))
+        picture, image, given = tool('look').read_image(cfg, str(photo), None)
+        assert given == (60, 40) and (picture == rgb).all()
         np.testing.assert_allclose(image[0].permute(1, 2, 0), (channels - mean) / std, rtol=1e-5)
-    picture, image, scale = tool('look').read_image(cfg, str(photo), (1000, 80))
-    assert scale == 2 and picture.shape == (80, 120, 3) and image.shape == (1, 3, 80, 120)
+    for size in ((1000, 80), 80):  # an integer is the side of a square
+        pipeline = [dict(type='LoadImageFromFile'), dict(type='mmdet.Resize', scale=size)]
+        cfg.test_dataloader = dict(dataset=dict(pipeline=pipeline))
+        picture, image, given = tool('look').read_image(cfg, str(photo), None)
+        expected = (80, 120) if size != 80 else (53, 80)
+        assert given == (60, 40) and picture.shape[:2] == expected and image.shape == (1, 3, *expected)
 
 
 @pytest.fixture
@@ -171,17 +232,16 @@ def test_pictures(tool, tiny, photo, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(look, 'draw_windows', lambda *_: None)
     monkeypatch.setattr(look, 'draw_bias', lambda *_: None)
     look.main(look.parse_args())
-    assert [list(point) for point in asked] == [[94, 4]] * 4  # 60 × 40 fits (96, 64) as 96 × 64
+    assert asked == [(94, 4)] * 4  # 60 × 40 fits (96, 64) as 96 × 64
     capsys.readouterr()
 
     out = tmp_path / 'looks'
     assert call(tool, monkeypatch, tiny.config, photo, path, '--out', out) == 0
     printed = capsys.readouterr()
-    assert 'random' not in printed.err
+    assert 'random' not in printed.err and f'written: {out}' in printed.out
     names = {'features', 'windows'} | {f'{kind}_stage{i}' for kind in ('attention', 'bias') for i in range(4)}
     assert {file.name for file in out.iterdir()} == {f'{name}.png' for name in names}
     for file in out.iterdir():
-        assert str(file) in printed.out
         with Image.open(file) as picture:
             assert min(picture.info['dpi']) >= 150 and len(np.unique(np.asarray(picture.convert('L')))) > 20
 
@@ -195,7 +255,11 @@ def test_bad_input_is_named(refuse, tiny, photo, tmp_path):
     assert 'image none.jpg cannot be read' in refuse('look', tiny.config, 'none.jpg', '--out', 'x')
     (tmp_path / 'text.jpg').write_text('no image')
     assert 'image text.jpg cannot be decoded' in refuse('look', tiny.config, 'text.jpg', '--out', 'x')
-    assert '--point 60,3 is outside' in refuse('look', tiny.config, photo, '--point', '60,3', '--out', 'x')
+    assert '--point 60,3 is outside of the image, which has 60 × 40 pixels' in refuse(
+        'look', tiny.config, photo, '--point', '60,3', '--out', 'x'
+    )
+    assert '--size 0x5 has no pixels' in refuse('look', tiny.config, photo, '--size', '0x5', '--out', 'x')
+    assert 'text.jpg/features.png cannot be written' in refuse('look', tiny.config, photo, '--out', 'text.jpg')
     assert "--size 64: expected two whole numbers with 'x'" in refuse(
         'look', tiny.config, photo, '--size', '64', '--out', 'x'
     )
@@ -205,3 +269,5 @@ def test_bad_input_is_named(refuse, tiny, photo, tmp_path):
         "default_scope = 'mmdet'\nmodel = dict(backbone=dict(type='ResNet', depth=18))\n"
     )
     assert 'has the backbone ResNet' in refuse('look', 'resnet.py', photo, '--out', 'x')
+    (tmp_path / 'no_model.py').write_text('a = 1\n')
+    assert 'no_model.py has no model.backbone' in refuse('look', 'no_model.py', photo, '--out', 'x')

@@ -29,7 +29,7 @@ def test_parameters_and_multiply_adds_are_those_of_the_parts(tool, config):
     assert heads < set(+macs)
     assert not macs[info.ELSEWHERE], 'work that no part owns up to'
 
-    text = printed(info.table_of_parts(model, macs, {}, 1))
+    text = printed(info.table_of_parts(model, macs, {}))
     cells = {row[0]: row[1:] for row in text}
     assert cells['total'] == [f'{sum(p.numel() for p in model.parameters()):,}', f'{sum(macs.values()) / 1e9:.2f}']
     assert cells['backbone.norm*'] == ['480'] and info.ELSEWHERE not in cells  # 2 (16 + 32 + 64 + 128)

@@ -29,8 +29,8 @@ def run(tmp_path):
         (1, {'mIoU': 0.5, 'time': 9.0}),
         train(6, loss=9.0),
     )
-    write(work / '2', train(6, loss=1.5, memory=30), train(8, loss=float('nan')), (2, {'mIoU': 0.75}))
-    write(work / '2', train(10, loss=1.75), (3, {'mIoU': 0.625}))
+    write(work / '2', train(6, loss=1.5, memory=30), train(8, loss=float('nan')), (2, {'mIoU': 0.75, 'val_loss': 2}))
+    write(work / '2', train(10, loss=1.75), (3, {'mIoU': 0.625, 'val_loss': 3}))
     return work
 
 
@@ -76,6 +76,8 @@ def test_what_is_drawn_unless_keys_are_given(tool):
     many = {f'd{i}.loss_cls': run['loss'] for i in range(30)}
     chosen = module.choose({'a': many | run}, None)
     assert len(chosen) == module.MOST and chosen[:3] == ['loss', 'lr', 'coco/bbox_mAP']
+    with pytest.raises(module.cli.InputError, match='no losses, lr or metrics are logged; .* from: time'):
+        module.choose({'a': {'time': run['time']}}, None)
 
 
 def call(tool, monkeypatch, *arguments):
@@ -92,7 +94,11 @@ def test_picture_and_table(tool, run, tmp_path, monkeypatch, capsys):
     with Image.open(out) as picture:
         assert min(picture.size) > 300 and len(np.unique(np.asarray(picture.convert('L')))) > 20
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ['loss', '1.75', '10', '1.5', '6'] in rows and ['mIoU', '0.625', '10', '0.75', '8'] in rows
+    assert (
+        ['loss', '1.75', '10', '1.5', '6'] in rows
+        and ['val_loss', '3', '10', '2', '8'] in rows
+        and ['mIoU', '0.625', '10', '0.75', '8'] in rows
+    )
     text = ' '.join(word for row in rows for word in row)
     assert '10 iterations, 0.500 s per iteration, 30 MiB' in text and '5 iterations, 0.500 s per iteration' in text
 
@@ -110,23 +116,22 @@ def test_lines_and_runs_that_cannot_be_read_are_named(tool, run, tmp_path, monke
     assert stop.value.code == 1 and (tmp_path / 'curves.svg').is_file()
     errors = capsys.readouterr().err
     for name in (
-        f'{log}, line 2',
-        f'{log}, line 3',
-        f'{log}, line 4',
+        f'{log}: line 2, \'{{"loss": 1.0, "it\' (and 2 more): not a record',
         'empty: no */vis_data',
         'new: no values',
         'none: does',
     ):
         assert name in errors
-    assert errors.count('skipped') == 6
+    assert errors.count('skipped') == 4
 
 
 def test_bad_input_is_named(refuse, run):
     assert 'nothing to draw' in refuse('plot_log', 'nowhere', '--out', 'curves.png')
     assert 'name the picture *.png' in refuse('plot_log', run, '--out', 'curves.jpg')
-    assert 'acc match nothing; there are: lr, base_lr, time, loss, memory, mIoU' in refuse(
-        'plot_log', run, '--keys', 'acc', '--out', 'curves.png'
+    assert '--keys acc match nothing; there are: lr, base_lr, time, loss, memory, mIoU, val_loss' in refuse(
+        'plot_log', run, '--keys', 'loss', 'acc', '--out', 'curves.png'
     )
+    assert 'cannot be written' in refuse('plot_log', run, '--out', 'work/1/vis_data/scalars.json/curves.png')
     assert '--smooth 0: at least 1' in refuse('plot_log', run, '--smooth', '0', '--out', 'curves.png')
 
 
