@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 something failed, 2 bad input, 128 + signal number when stopped (130 for Ctrl-C).
 """
 
+import copy
 import inspect
 import os
 import sys
@@ -10,15 +11,16 @@ import tempfile
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS, init_default_scope
 from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
 from swin_mm.checkpoints import CheckpointError, read_checkpoint, unwrap
 from swin_mm.distributed import join_on_cpu
@@ -208,10 +210,47 @@ def build_runner(cfg: Config) -> Runner:
     """
     if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
         join_on_cpu(cfg)
-    try:
+    with building(cfg):
         return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def build_model(cfg: Config, options: ConfigDict) -> nn.Module:
+    """Build a model, or the part of one, that these ``options`` in ``cfg`` describe.
+
+    Raises:
+        InputError: it cannot be built.
+    """
+    init_default_scope(cfg.get('default_scope') or 'mmengine')
+    with building(cfg):
+        return MODELS.build(copy.deepcopy(options))  # some models change their config
+
+
+@contextmanager
+def building(cfg: Config) -> Iterator[None]:
+    """Say in one line why something in ``cfg`` cannot be built."""
+    try:
+        yield
+    except CheckpointError:
+        raise
     except Exception as error:
         raise InputError(f'{cfg.filename} cannot be built: {_one_line(error)} (--debug shows where)') from error
+
+
+def numbers(option: str, text: str | None, separator: str, least: int = 0) -> tuple[int, int] | None:
+    """Two whole numbers that an option gives, such as 1333x800, or None if it is not given.
+
+    Raises:
+        InputError: it gives something else.
+    """
+    if text is None:
+        return None
+    try:
+        first, second = map(int, text.lower().split(separator))
+    except ValueError:
+        raise InputError(f'{option} {text}: expected two whole numbers with {separator!r} between them') from None
+    if min(first, second) < least:
+        raise InputError(f'{option} {text}: expected numbers from {least} up')
+    return first, second
 
 
 def augment(cfg: Config) -> None:
@@ -258,14 +297,21 @@ def as_list(evaluators: dict | list) -> list:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, of the same suffix; it takes the place of ``path`` when all went well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file beside ``path`` to write to, of the same suffix; it takes the place of ``path`` when all went well.
+
+    Raises:
+        InputError: the folder cannot be made or the file cannot be put there.
+    """
     part = path.with_name(f'.{os.getpid()}_{path.name}')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield part
         os.replace(part, path)
+    except OSError as error:
+        raise InputError(f'{path} cannot be written: {error.strerror or error}') from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def _one_line(error: BaseException) -> str:

@@ -33,8 +33,5 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     with rc_context(STYLE):
         drawn = Figure((width, height), layout='constrained')
         yield drawn
-        try:
-            with cli.replacing(path) as part:
-                drawn.savefig(part)
-        except OSError as error:
-            raise cli.InputError(f'{path} cannot be written: {error.strerror or error}') from error
+        with cli.replacing(path) as part:
+            drawn.savefig(part)

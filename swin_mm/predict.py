@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from swin_mm import cli
-from swin_mm.checkpoints import CheckpointError, read_checkpoint
+from swin_mm.checkpoints import read_checkpoint
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -73,14 +73,10 @@ class Predictor:
         else:
             from mmseg.apis import MMSegInferencer as Inferencer
         said = io.StringIO()
-        try:
+        with cli.building(cfg):
             metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
             with redirect_stdout(said):
                 self.inferencer = Inferencer(cfg, checkpoint, device=device, show_progress=False)
-        except CheckpointError:
-            raise
-        except Exception as error:
-            raise cli.InputError(f'{cfg.filename} cannot be built: {error} (--debug shows where)') from error
         # mmengine prints this and goes on with random weights.
         if wrong := re.search(r'(size mismatch for|missing keys in source state_dict:) .{,200}', said.getvalue()):
             raise cli.InputError(f'{checkpoint} is not a checkpoint of {cfg.filename}: {wrong[0]}')

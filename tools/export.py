@@ -8,9 +8,7 @@ data_preprocessor gives: float32, (batch, channels, height, width), normalised. 
 only if it gives what the model gives. docs/export.md tells more.
 """
 
-import copy
 import logging
-import re
 import sys
 import warnings
 from argparse import Namespace, RawDescriptionHelpFormatter
@@ -22,7 +20,6 @@ from unittest import mock
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -126,14 +123,10 @@ def check(args: Namespace) -> tuple[int, int] | None:
         raise cli.InputError(f'--opset {args.opset}: of ONNX, {OPSETS[0]} to {OPSETS[-1]}')
     if args.size is not None and args.to == 'safetensors':
         raise cli.InputError('--size: safetensors holds weights alone, which serve every size; leave --size out')
-    if args.size is None:
-        if args.to == 'torchscript':
-            raise cli.InputError('--to torchscript traces one size of image: give it with --size WxH')
-        return None
-    if not re.fullmatch(r'[1-9]\d*x[1-9]\d*', args.size):
-        raise cli.InputError(f'--size {args.size}: expected width and height in pixels, such as 1333x800')
-    width, height = map(int, args.size.split('x'))
-    return height, width
+    if args.size is None and args.to == 'torchscript':
+        raise cli.InputError('--to torchscript traces one size of image: give it with --size WxH')
+    size = cli.numbers('--size', args.size, 'x', least=1)
+    return size and size[::-1]
 
 
 def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
@@ -150,11 +143,7 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
         raise cli.InputError(f'{cfg.filename} has no model with a backbone')
     for how_to_run in ('compile', 'cuda_graphs', 'attention'):
         cfg.model.backbone.pop(how_to_run, None)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    try:
-        model = MODELS.build(copy.deepcopy(cfg.model.backbone if part == 'backbone' else cfg.model))
-    except Exception as error:
-        raise cli.InputError(f'{cfg.filename} cannot be built: {reason(error)} (--debug shows where)') from error
+    model = cli.build_model(cfg, cfg.model.backbone if part == 'backbone' else cfg.model)
     try:
         absent = model.load_state_dict(state, strict=part == 'backbone').missing_keys
     except RuntimeError as error:

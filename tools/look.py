@@ -31,7 +31,6 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 from mmengine.config import Config
 from mmengine.model import ImgDataPreprocessor
-from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
 from swin_mm import cli
@@ -93,12 +92,10 @@ class Stage(NamedTuple):
 def main(args: Namespace) -> None:
     """Draw."""
     cfg = cli.read_config(args)
-    size = numbers(args.size, 'x', '--size')
-    if size and min(size) < 1:
-        raise cli.InputError(f'--size {args.size} has no pixels')
+    size = cli.numbers('--size', args.size, 'x', least=1)
     picture, image, (width, height) = read_image(cfg, args.image, size)
-    x, y = numbers(args.point, ',', '--point') or (width // 2, height // 2)
-    if not (0 <= x < width and 0 <= y < height):
+    x, y = cli.numbers('--point', args.point, ',') or (width // 2, height // 2)
+    if not (x < width and y < height):
         raise cli.InputError(f'--point {args.point} is outside of the image, which has {width} × {height} pixels')
     point = x * picture.shape[1] // width, y * picture.shape[0] // height
     backbone = build(cfg, args.checkpoint)
@@ -114,15 +111,6 @@ def main(args: Namespace) -> None:
         draw_attention(path(f'attention_stage{number}'), picture, stage, point, where)
         draw_bias(path(f'bias_stage{number}'), stage.block, where)
     print(f'written: {args.out}')
-
-
-def numbers(text: str | None, separator: str, option: str) -> tuple[int, int] | None:
-    """Two whole numbers of the command line."""
-    try:
-        first, second = map(int, text.lower().split(separator)) if text else (0, 0)
-    except ValueError:
-        raise cli.InputError(f'{option} {text}: expected two whole numbers with {separator!r} between them') from None
-    return (first, second) if text else None
 
 
 def read_image(cfg: Config, path: str, size: Size | None) -> tuple[np.ndarray, Tensor, Size]:
@@ -163,11 +151,7 @@ def build(cfg: Config, checkpoint: str | None) -> SwinPyramid:
         raise cli.InputError(f'{cfg.filename} has no model.backbone')
     if checkpoint:
         options.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
-    init_default_scope(cfg.get('default_scope') or 'mmengine')
-    try:
-        backbone = MODELS.build(options)
-    except Exception as error:
-        raise cli.InputError(f'{cfg.filename} cannot be built: {error} (--debug shows where)') from error
+    backbone = cli.build_model(cfg, options)
     if not isinstance(backbone, SwinPyramid):
         raise cli.InputError(
             f'{cfg.filename} has the backbone {options.type}, not one of swin_mm; tools/plug.py puts ours into it'

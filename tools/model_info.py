@@ -15,9 +15,8 @@ one batch in float32. The reference kernel keeps the scores of attention, the Tr
 gradients, the optimizer's state, neck and heads, and what lives for the length of an operator come on top.
 """
 
-import copy
 import sys
-from argparse import ArgumentTypeError, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -50,33 +48,23 @@ def parse_args() -> Namespace:
     parser = cli.parser(__doc__, runner=False, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('more', nargs='*', help='more config files')
     parser.add_argument(
-        '--size', type=_size, metavar='WxH', help='of the image (default: 1280x800; of a segmentor, that of its test)'
+        '--size', metavar='WxH', help='of the image (default: 1280x800; of a segmentor, that of its test)'
     )
     parser.add_argument('--batch', type=int, default=1, metavar='N', help='images in a training step (default: 1)')
     parser.add_argument('--markdown', action='store_true', help='one row per config of a table in Markdown')
     return parser.parse_args()
 
 
-def _size(text: str) -> tuple[int, int]:
-    try:
-        width, height = map(int, text.lower().split('x'))
-    except ValueError:
-        raise ArgumentTypeError(f'{text!r} is not WIDTHxHEIGHT in pixels, such as 1280x800') from None
-    if min(width, height) < 1:
-        raise ArgumentTypeError(f'{text!r} has no pixels')
-    return width, height
-
-
 def main(args: Namespace) -> None:
     """Print the tables."""
     if args.batch < 1:
         raise cli.InputError(f'--batch {args.batch}: at least 1 is needed')
-    console = Console()
+    size, console = cli.numbers('--size', args.size, 'x', least=1), Console()
     if args.markdown:
         print('| config | parameters | GMAC | image |\n| --- | --- | --- | --- |')
     for path in (args.config, *args.more):
         config = cli.read_config(Namespace(**vars(args) | {'config': path}))
-        width, height = args.size or usual_size(config)
+        width, height = size or usual_size(config)
         with console.status(f'counting {path}'):
             model, multiplications = build(config), macs(config, width, height)
         if args.markdown:
@@ -168,12 +156,8 @@ def build(config: Config, device: str = 'meta') -> nn.Module:
             f'{config.filename} is not a detector or a segmentor: default_scope should be mmdet or mmseg, and '
             'there should be a model.backbone'
         )
-    init_default_scope(config.default_scope)
-    try:
-        with torch.device(device):
-            return MODELS.build(copy.deepcopy(config.model)).eval()  # some models change their config
-    except Exception as error:
-        raise cli.InputError(f'{config.filename} cannot be built: {error} (--debug shows where)') from error
+    with torch.device(device):
+        return cli.build_model(config, config.model).eval()
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Module]]:

@@ -52,7 +52,7 @@ def export(tool, monkeypatch):
 def leftovers(file):
     """Places in source files of this machine."""
     content = file.read_bytes()
-    return [part for part in (b'swin_mm/', b'site-packages', b'test_export', b'pkg.torch') if part in content]
+    return [part for part in (b'swin_mm/', b'site-packages', b'test_export', b'fx_node') if part in content]
 
 
 def read(file):
@@ -153,7 +153,7 @@ def test_bad_input(refuse, tmp_path):
         ('--to', 'onnx', '--out', 'swin.onnx', '--opset', '9'): '--opset 9',
         ('--to', 'torch.export', '--out', 'swin.pt2', '--opset', '20'): '--opset 20: of ONNX',
         ('--to', 'torchscript', '--out', 'swin.pt'): 'give it with --size WxH',
-        ('--to', 'torchscript', '--out', 'swin.pt', '--size', '40'): '--size 40: expected width and height',
+        ('--to', 'torchscript', '--out', 'swin.pt', '--size', '40'): "--size 40: expected two whole numbers with 'x'",
         ('--to', 'safetensors', '--out', 'swin.safetensors', '--size', '40x40'): 'leave --size out',
         ('--to', 'torch.export', '--out', 'swin.pt2', '--part', 'model'): 'cannot be built',
     }.items():

@@ -258,7 +258,7 @@ def test_bad_input_is_named(refuse, tiny, photo, tmp_path):
     assert '--point 60,3 is outside of the image, which has 60 × 40 pixels' in refuse(
         'look', tiny.config, photo, '--point', '60,3', '--out', 'x'
     )
-    assert '--size 0x5 has no pixels' in refuse('look', tiny.config, photo, '--size', '0x5', '--out', 'x')
+    assert '--size 0x5: expected numbers from 1 up' in refuse('look', tiny.config, photo, '--size', '0x5', '--out', 'x')
     assert 'text.jpg/features.png cannot be written' in refuse('look', tiny.config, photo, '--out', 'text.jpg')
     assert "--size 64: expected two whole numbers with 'x'" in refuse(
         'look', tiny.config, photo, '--size', '64', '--out', 'x'
