@@ -203,7 +203,7 @@ def test_a_whole_one_stage_detector_at_any_size(export, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(
         f"_base_ = r'{ROOT}/configs/retinanet/retinanet_swin-t-p4-w7_fpn_adamw-1x_coco.py'\n"
-        f'model = dict({SMALL_BACKBONE} neck=dict(in_channels=[16, 32, 64, 128], out_channels=16), '
+        f'model = dict({SMALL_BACKBONE} neck=dict(in_channels=[32, 64, 128], out_channels=16), '
         'bbox_head=dict(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=2))\n'
     )
     model = build(config, tmp_path)
