@@ -1,0 +1,531 @@
+"""What the documentation tells a user to type is typed here, on tiny data in the documented layouts, with tiny models.
+
+Each command runs in a folder of its own and in a process that is forked from this one, which has imported everything. A
+command that no rule below covers fails.
+"""
+
+import ast
+import gc
+import glob
+import inspect
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import NamedTuple
+
+import cv2
+import mmengine.runner.runner
+import numpy as np
+import pytest
+import torch
+import yapf.yapflib.yapf_api
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from tiny import ROOT, make_data
+
+import swin_mm
+from swin_mm import checkpoints, cli, doctor
+from swin_mm.swin import ARCHS, SwinPyramid
+
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+NOT_RUN = {
+    r'make (demo|test|setup)\b': 'sets up the environment that this test runs in',
+    r'(MMCV_WITH_OPS=1 )?pip install ': 'changes the environment; tests/test_packaging.py looks at what is installed',
+    r'\. \.venv/bin/activate': 'the tests run in it',
+    r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data lie there already",
+    r'python tools/demo\.py ': 'takes minutes; tests/tools/test_demo.py',
+    r'python tools/export\.py ': 'takes up to a minute; tests/tools/test_export.py. Its arguments are read below',
+}
+QUICK = {'benchmark.py': ['--quick', '--device', 'cpu'], 'make_demo_data.py': ['--train', '2', '--val', '1']}
+SLOW = r'--preset (models|gpu)'
+FENCED = re.compile(r'^ *```(.*?)\n(.*?)^ *```$', re.DOTALL | re.MULTILINE)
+STARTS_COMMANDS = re.compile(r'(\w+=\S+ )*(python|pip|make|git|cd|mkdir|ln|\.|tools/\w+\.sh) ')
+# Blocks without a language that are no commands.
+OUTPUTS = ('Swin weights, official naming:', '                Swin from random weights', 'swin_mm/\n')
+ARCH = {'embed_dims': 24, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 2, 2)}
+WEIGHTS = 'swin_tiny_patch4_window7_224.pth'
+
+on_cpu = pytest.mark.skipif(get_device() != 'cpu', reason='a process that has used a GPU cannot be forked')
+
+
+# What the pages hold
+
+
+class Piece(NamedTuple):
+    """A command, or a block, and where it stands."""
+
+    page: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f'{self.page}:{self.line} {self.text[:70]}'
+
+
+def blocks() -> Iterator[tuple[str, Piece]]:
+    """Every fenced block and its language."""
+    for page in PAGES:
+        text = page.read_text()
+        for found in FENCED.finditer(text):
+            yield found[1], Piece(page.name, text.count('\n', 0, found.start(2)) + 1, found[2].rstrip())
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCED.sub('', page.read_text())
+
+
+def commands() -> list[Piece]:
+    """Every command, once."""
+    found: dict[str, Piece] = {}
+    for language, block in blocks():
+        if language == 'sh' or (not language and STARTS_COMMANDS.match(block.text)):
+            parts: list[str] = []
+            for number, line in enumerate(block.text.splitlines(), start=block.line):
+                parts.append(line.removesuffix('\\'))
+                if line.endswith('\\'):
+                    continue
+                text = re.sub(r'(^|\s+)#.*', '', ' '.join(' '.join(parts).split()))
+                if text:
+                    found.setdefault(text, Piece(block.page, number + 1 - len(parts), text))
+                parts = []
+    return list(found.values())
+
+
+def not_run(command: Piece) -> bool:
+    return any(re.match(pattern, command.text) for pattern in NOT_RUN)
+
+
+COMMANDS = commands()
+PYTHON = [block for language, block in blocks() if language == 'python']
+
+
+def is_config(block: Piece) -> bool:
+    return all(isinstance(statement, ast.Assign) for statement in ast.parse(block.text).body)
+
+
+def each(pieces: list[Piece]) -> pytest.MarkDecorator:
+    """One test for each, called by page and line."""
+    marked = [pytest.param(p, id=str(p), marks=[pytest.mark.slow] * bool(re.search(SLOW, p.text))) for p in pieces]
+    return pytest.mark.parametrize('piece', marked)
+
+
+def test_every_block_is_known():
+    for language, block in blocks():
+        assert language in ('', 'sh', 'python', 'text'), block
+        if not language:
+            assert STARTS_COMMANDS.match(block.text) or block.text.startswith(OUTPUTS), f'{block}: say ```sh or ```text'
+    for pattern in NOT_RUN:
+        assert any(re.match(pattern, command.text) for command in COMMANDS), f'{pattern} excuses nothing'
+
+
+# Where they run
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The repository, data in the documented layouts, and everything imported that the tools import."""
+    from mmdet.utils import register_all_modules as import_mmdet
+    from mmseg.utils import register_all_modules as import_mmseg
+
+    import_mmdet(init_default_scope=False)
+    import_mmseg(init_default_scope=False)
+    doctor.require(*doctor.SCOPES['mmdet'])  # it remembers which libraries there are
+    from mmdet.datasets import CocoDataset
+
+    folder = tmp_path_factory.mktemp('docs')
+    for name in ('configs', 'tools'):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns('__pycache__'))
+    made = folder / 'made'
+    make_data(made)
+
+    def instances(split: str, images: str, file: str, classes: list[str]) -> None:
+        shutil.copytree(made / f'coco/{split}2017', folder / images)
+        content = json.loads((made / f'coco/annotations/instances_{split}2017.json').read_text())
+        content['categories'] = [{'id': number, 'name': name} for number, name in enumerate(classes, start=1)]
+        for annotation in content['annotations']:
+            annotation['category_id'] = min(annotation['category_id'], len(classes))
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(content))
+
+    for split in ('train', 'val'):
+        coco = f'data/coco/annotations/instances_{split}2017.json'
+        instances(split, f'data/coco/{split}2017', coco, list(CocoDataset.METAINFO['classes']))
+        nuclei = f'data/nuclei_cc0/annotations/instances_{split}.json'
+        instances(split, f'data/nuclei_cc0/{split}', nuclei, ['nucleus'])
+        demo = f'demo/data/annotations/instances_{split}.json'
+        instances(split, f'demo/data/{split}', demo, list('0123456789'))
+        instances(split, f'data/custom/{split}', f'data/custom/annotations/{split}.json', ['cat', 'dog'])
+    for semantic in ('data/ade/ADEChallengeData2016', 'data/custom', 'demo/data'):
+        shutil.copytree(made / 'ade', folder / semantic, dirs_exist_ok=True)
+    return folder
+
+
+def clone(place: Path, folder: Path) -> Path:
+    """The root of the repository as commands see it."""
+    (folder / 'demo').mkdir()
+    for name in ('configs', 'tools', 'data', 'demo/data'):
+        (folder / name).symlink_to(place / name)
+    return folder
+
+
+@pytest.fixture
+def folder(place: Path, tmp_path: Path) -> Iterator[Path]:
+    yield clone(place, tmp_path)
+    shutil.rmtree(tmp_path)  # pytest would keep the checkpoints
+
+
+@pytest.fixture(scope='module')
+def runs(place: Path, tmp_path_factory: pytest.TempPathFactory):
+    """The work_dir of a training on a config."""
+
+    @cache
+    def run(config: str) -> Path:
+        folder = clone(place, tmp_path_factory.mktemp('run'))
+        in_process(folder, call, ['tools/train.py', config])
+        return folder / 'work_dirs' / Path(config).stem
+
+    return run
+
+
+def in_process(folder, function, *arguments) -> str:
+    """Call a function in a forked process in a folder; what it printed."""
+    log = folder / 'printed.txt'
+    process = multiprocessing.get_context('fork').Process(target=_in_process, args=(folder, function, *arguments))
+    process.start()
+    process.join(timeout=600)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, f'exit code {process.exitcode}\n{log.read_text()[-4000:]}'
+    return log.read_text()
+
+
+def _in_process(folder, function, *arguments):
+    torch.set_num_threads(1)  # the other threads of the parent are not here
+    os.chdir(folder)
+    sys.stdout = sys.stderr = Path('printed.txt').open('w', buffering=1)  # noqa: SIM115 (to the end of this process)
+    for stream in (1, 2):
+        os.dup2(sys.stdout.fileno(), stream)
+    function(*arguments)
+
+
+def call(words, environment=()):
+    """``python WORDS`` in this process, on configs made small."""
+    os.environ.update(environment)
+    read = cli.read_config
+    cli.read_config = lambda *arguments: shrink(read(*arguments))
+    # Three quarters of the time: neat configs in logs, garbage among all modules, versions of compilers.
+    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, True)
+    gc.freeze()
+    mmengine.runner.runner.collect_env = dict
+    if words[0] == '-m':
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name='__main__')
+    else:
+        sys.path.insert(0, str(Path(words[0]).parent))
+        sys.argv = words
+        runpy.run_path(words[0], run_name='__main__')
+
+
+def shrink(cfg: Config) -> Config:
+    """The config with a tiny Swin, narrow heads, small images and a training of two or three iterations."""
+    backbone = cfg.model.backbone
+    if 'Swin' not in str(backbone.type):
+        return cfg
+    narrow(cfg.model, (ARCHS[backbone.get('arch', 't')] | backbone)['embed_dims'] // ARCH['embed_dims'])
+    backbone.update(ARCH)
+    if '://' in str(backbone.get('init_cfg')):
+        backbone.init_cfg = None
+    small = {'scale': (96, 64), 'scales': [(96, 64)], 'crop_size': (64, 64), 'size': (64, 64)}
+    for node in cli._dicts(cfg._cfg_dict):
+        node.update({key: value for key, value in small.items() if isinstance(node.get(key), (list, tuple))})
+    for part in ('train', 'val', 'test'):
+        cfg[f'{part}_dataloader'].update(num_workers=0, persistent_workers=False)
+    cfg.train_dataloader.batch_size = 2
+    cfg.default_hooks.logger.interval = 1
+    if 'max_iters' in cfg.train_cfg:
+        cfg.train_cfg.update(max_iters=2, val_interval=2)
+        cfg.default_hooks.checkpoint.interval = 2
+    else:
+        cfg.train_cfg.update(max_epochs=1, val_interval=1)
+    return cfg
+
+
+def narrow(node, factor: int) -> None:
+    """Divide the channels of everything in a model."""
+    for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
+        if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+            narrow(value, factor)
+        elif isinstance(key, str) and re.fullmatch(r'((fc_|conv_)?out_|in_|feat_)?channels', key) and value != 3:
+            node[key] = value // factor if isinstance(value, int) else [channels // factor for channels in value]
+
+
+# What they need and leave
+
+
+def prepare(words: list[str], folder: Path, runs) -> list[str]:
+    """Make the user's files that a command names; the command with those in place of addresses."""
+    result = words[:1]
+    for before, word in pairwise(words):
+        key, equals, value = word.rpartition('=')
+        if before not in WRITES:
+            value = provide(value.replace('...', Path(words[1]).stem), words[1], folder, runs)
+        result.append(key + equals + value)
+    return result
+
+
+WRITES = ('--out', '--show-dir', '--work-dir')
+
+
+def provide(name: str, config: str, folder: Path, runs) -> str:
+    """Make the file that is called so, unless it is there; the name to use."""
+    path = folder / name
+    if path.exists() or '::' in name or name.startswith(('configs/', 'tools/', 'data/', 'demo/data/')):
+        return name  # what is not there shall be missed
+    if '://' in name:
+        assert name in published(), 'no library that is installed publishes this file'
+        path = folder / 'downloaded.pth'
+        shutil.copy(next(runs(config).glob('*_[0-9]*.pth')), path)
+        return str(path)
+    if made_by := next(ROOT.glob(f'configs/*/{glob.escape((path.parent if path.suffix else path).name)}.py'), None):
+        work_dir = folder / name if not path.suffix else path.parent
+        shutil.copytree(runs(str(made_by.relative_to(ROOT))), work_dir)
+        if path.suffix:
+            train = Config.fromfile(made_by).train_cfg
+            last = f'epoch_{train.max_epochs}.pth' if 'max_epochs' in train else f'iter_{train.max_iters}.pth'
+            assert path.name == last, f'training ends with {last}'
+            next(work_dir.glob('*_[0-9]*.pth')).rename(path)
+    elif path.suffix == '.pth':
+        torch.save({'model': SwinPyramid(**ARCH).state_dict()}, path)
+    elif path.suffix == '.py':
+        path.write_text("_base_ = 'mmdet::atss/atss_r50_fpn_1x_coco.py'\n")
+    elif path.suffix == '.mp4':
+        video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*'mp4v'), 25, (96, 64))
+        video.write(np.zeros((64, 96, 3), np.uint8))
+        video.release()
+    elif name == 'photos':
+        shutil.copytree(folder / 'data/coco/val2017', path)
+    elif path.suffix == '.jpg':
+        shutil.copy(folder / 'data/coco/val2017/1.jpg', path)
+    return name
+
+
+@cache
+def published() -> str:
+    """Addresses of checkpoints as the libraries list them."""
+    folders = [Path(resolve_name(name).__file__).parent / '.mim/configs/swin' for name in ('mmdet', 'mmseg')]
+    return '\n'.join(file.read_text() for folder in folders for file in folder.glob('metafile.y*ml'))
+
+
+def launched(words: list[str]) -> list[str]:
+    """The tool's command line that a script gives to each process."""
+    done = subprocess.run(
+        ['bash', *words], cwd=ROOT, env=os.environ | {'PYTHON': 'echo'}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    started = shlex.split(done.stdout)
+    tool = next(i for i, word in enumerate(started) if word.endswith('.py'))
+    assert started[-2:] == ['--launcher', 'pytorch']
+    return started[tool:-2]
+
+
+@on_cpu
+@each([command for command in COMMANDS if not not_run(command)])
+def test_commands_run(piece, folder, runs):
+    words = shlex.split(piece.text)
+    first = next(i for i, word in enumerate(words) if not re.match(r'[A-Z_]+=', word))
+    environment, words = dict(word.split('=', 1) for word in words[:first]), words[first:]
+    if re.fullmatch(r'tools/\w+\.sh', words[0]):
+        words = launched(words)
+    else:
+        assert words[0] == 'python', f'{piece}: add a way to run this, or the reason not to, to tests/test_docs.py'
+        words = words[1:]
+    if words[0] == 'tools/make_demo_data.py':
+        (folder / 'demo/data').unlink()
+    words = prepare(words, folder, runs)
+    if '--resume' in words:
+        provide(f'work_dirs/{Path(words[1]).stem}', words[1], folder, runs)
+    printed = in_process(folder, call, words + QUICK.get(Path(words[0]).name, []), environment)
+    assert 'is not in the config' not in printed, printed
+    assert '--resume' not in words or 'resumed epoch' in printed, printed
+    for option, name in pairwise(words):
+        assert option not in WRITES or (folder / name).exists(), f'{name} was not written'
+
+
+def test_layouts_are_those_that_commands_run_on(place):
+    described = set()
+    for _, block in blocks():
+        root, *entries = block.text.split()
+        if re.fullmatch(r'data/[\w/]+/', root) and (place / root).exists():
+            described.add(root)
+            for entry in entries:
+                if '/' in entry:
+                    assert any(place.glob(str(Path(root, entry).with_suffix('.*')))), f'{block}: {entry}'
+    assert described == {'data/coco/', 'data/ade/ADEChallengeData2016/', 'data/custom/', 'data/nuclei_cc0/'}
+
+
+@on_cpu
+@each([command for command in COMMANDS if 'export.py' in command.text])
+def test_exports_are_commands(piece, folder):
+    in_process(folder, read_arguments, shlex.split(piece.text)[1:])
+
+
+def read_arguments(words):
+    """Read the command line and the config, and go no further."""
+    sys.argv = words
+    tool = runpy.run_path(words[0])
+    cli.read_config(tool['parse_args']())
+
+
+# Python
+
+
+@each([block for block in PYTHON if is_config(block)])
+def test_configs_build(piece, tmp_path):
+    # What is no whole config is a part of one with a Swin.
+    base = (
+        '' if '_base_' in piece.text else f"_base_ = '{ROOT}/configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\n"
+    )
+    (tmp_path / 'config.py').write_text(base + piece.text)
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    for node in cli._dicts(cfg._cfg_dict):
+        if str(node.get('type')).startswith('swin_mm.'):
+            resolve_name(node.type)
+    init_default_scope(cfg.default_scope)
+    with torch.device('meta'):
+        model = MODELS.build(cfg.model)
+    assert isinstance(model.backbone, SwinPyramid)
+    build_optim_wrapper(model, cfg.optim_wrapper)
+
+
+@on_cpu
+@each([block for block in PYTHON if not is_config(block)])
+def test_python_runs(piece, folder, runs):
+    if piece.page == 'export.md':
+        ast.parse(piece.text)  # it uses files that tests/tools/test_export.py makes
+        return
+    for name in re.findall(r"'([\w/.-]+\.pth)'", piece.text):
+        if name == WEIGHTS:
+            torch.save({'model': SwinPyramid(**ARCHS['t']).state_dict()}, folder / name)
+        provide(name, '', folder, runs)
+    in_process(folder, execute, piece.text)
+
+
+def execute(text):
+    """Run a snippet on configs made small."""
+    load = cli.load_config
+    cli.load_config = lambda name: shrink(load(name))
+    exec(text, {})
+
+
+def plain_signature(thing) -> str:
+    """Without types."""
+    signature = inspect.signature(thing)
+    parameters = [
+        p.replace(
+            annotation=p.empty,
+            default=Named(p.default.__name__) if inspect.isclass(p.default) and p.default is not p.empty else p.default,
+        )
+        for p in signature.parameters.values()
+    ]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
+
+
+class Named(str):
+    """Shown without quotes."""
+
+    __repr__ = str.__str__
+
+
+def test_the_api_is_as_described():
+    named = set()
+    for name, signature in re.findall(r'`(swin_mm\.[\w.]+)(\([^`]*\))?`', prose(ROOT / 'docs/api.md')):
+        thing = resolve_name(name)
+        named.add(name)
+        if signature:
+            assert signature == plain_signature(thing), name
+    public = {f'swin_mm.{name}' for name in swin_mm.__all__ if name != '__version__'}
+    public |= {f'swin_mm.checkpoints.{name}' for name in checkpoints.__all__}
+    assert public <= named, f'not described: {public - named}'
+
+
+# Prose
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r'\]\(([^)]+)\)', prose(page)):
+        path, _, anchor = target.partition('#')
+        if '://' in target:
+            continue
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        headings = re.findall(r'^#+ (.+)', file.read_text(), re.MULTILINE) if anchor else ()
+        slugs = [re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings]
+        assert not anchor or anchor in slugs, target
+
+
+@on_cpu
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+def test_what_prose_names_exists(page, folder):
+    for span in re.findall(r'`([^`\n]+)`', prose(page)):
+        words = span.split()
+        for word in words:
+            path = re.fullmatch(r'(configs|tools|tests|swin_mm|docs)/[\w./-]+', word)
+            assert not path or '...' in word or 'NAME' in word or (ROOT / word).exists(), span
+        tool = next((word for word in words if re.fullmatch(r'tools/(?!NAME)\w+\.(py|sh)', word)), None)
+        for option in words if tool else ():
+            if option.startswith('--'):
+                assert re.search(rf'{option}\b', help_of(tool, folder)), span
+
+
+HELP: dict[str, str] = {}
+
+
+def help_of(tool: str, folder: Path) -> str:
+    """What ``--help`` prints, of the tool that a script starts."""
+    tool = re.sub(r'(dist|slurm)_(\w+)\.sh', r'\2.py', tool)
+    if tool not in HELP:
+        HELP[tool] = in_process(folder, call, [tool, '--help'])
+    return HELP[tool]
+
+
+def test_messages_in_troubleshooting_are_those_of_the_sources():
+    known = '\n'.join(
+        text
+        for source in ('swin_mm/**/*.py', 'tools/*.py')
+        for path in ROOT.glob(source)
+        for text in literals(ast.parse(path.read_text()))
+    )
+    checked = 0
+    for table in (ROOT / 'docs/troubleshooting.md').read_text().split('\n\n'):
+        if not table.startswith(('| message |', '| message of the doctor')):
+            continue
+        for row in table.splitlines()[2:]:
+            for message in re.findall(r'`([^`]+)`', row.split(' | ')[0]):
+                for part in message.split('...'):
+                    assert part.strip() in known, f'{part!r} of {message!r}'
+                checked += 1
+    assert checked > 30
+
+
+def literals(tree: ast.AST) -> Iterator[str]:
+    """Every text of a program, with gaps where values are filled in."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield '\0'.join(part.value if isinstance(part, ast.Constant) else '' for part in node.values)
