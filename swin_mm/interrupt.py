@@ -59,9 +59,10 @@ class InterruptHook(Hook):
         runner.register_hook(self)
         try:
             runner.train()
-        except RuntimeError as error:
-            # The signal may have ended the data workers while the loop, between two iterations, waited for one.
-            if not self._signal or 'DataLoader worker' not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # The signal may have ended the data workers while the loop, between two iterations, waited for one. PyTorch
+            # says so, unless it finds the worker still dying: then the connection to it is what breaks.
+            if not self._signal or (isinstance(error, RuntimeError) and 'DataLoader worker' not in str(error)):
                 raise
             self.stop(runner, runner.iter)
 

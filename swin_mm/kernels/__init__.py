@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from functools import lru_cache, partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,23 +10,23 @@ from torch import Tensor
 from swin_mm.kernels import cpu, reference, sdpa, triton
 from swin_mm.windows import Size
 
-_FUSED = {'cpu': cpu, 'cuda': triton}  # by type of device
+_FUSED = {'cpu': cpu, 'triton': triton}
+_BY_DEVICE = {'cpu': 'cpu', 'cuda': 'triton'}
 
 
 def auto(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
 ) -> Tensor:
     """The fastest kernel that serves: one of this package's, else PyTorch's own."""
-    kernel = _FUSED.get(qkv.device.type)
+    name = _BY_DEVICE.get(qkv.device.type)
     # What is exported shall run where this package is not.
     leaves = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    if kernel is None or leaves or _refusal(kernel, qkv, bias, dropout):
-        kernel = sdpa
+    kernel = sdpa if name is None or leaves or _refusal(name, qkv, bias, dropout) else _FUSED[name]
     return kernel.attention(qkv, pad, bias, window, shift, scale, dropout)
 
 
 def _insist(
-    kernel: ModuleType,
+    name: str,
     qkv: Tensor,
     pad: Tensor,
     bias: Tensor,
@@ -41,19 +40,14 @@ def _insist(
     Raises:
         RuntimeError: it does not serve here; the message says why.
     """
-    if reason := _refusal(kernel, qkv, bias, dropout):
-        name = _name(kernel)
+    if reason := _refusal(name, qkv, bias, dropout):
         raise RuntimeError(f"attention={name!r} cannot be used here: {reason}; leave attention at 'auto'")
-    return kernel.attention(qkv, pad, bias, window, shift, scale, dropout)
+    return _FUSED[name].attention(qkv, pad, bias, window, shift, scale, dropout)
 
 
-def _refusal(kernel: ModuleType, qkv: Tensor, bias: Tensor, dropout: float) -> str:
+def _refusal(name: str, qkv: Tensor, bias: Tensor, dropout: float) -> str:
     head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
-    return _known_refusal(_name(kernel), qkv.device, qkv.dtype, head_size, dropout > 0)
-
-
-def _name(kernel: ModuleType) -> str:
-    return kernel.__name__.rpartition('.')[2]
+    return _known_refusal(name, qkv.device, qkv.dtype, head_size, dropout > 0)
 
 
 @torch.compiler.assume_constant_result  # compilers cannot look into what it asks
@@ -64,7 +58,7 @@ def _known_refusal(name: str, device: torch.device, dtype: torch.dtype, head_siz
 @lru_cache
 def _find_refusal(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
     """Why a kernel does not serve, or nothing; said once."""
-    reason = {'cpu': cpu, 'triton': triton}[name].refuses(device, dtype, head_size, dropout) or ''
+    reason = _FUSED[name].refuses(device, dtype, head_size, dropout) or ''
     if reason:
         logging.getLogger('swin_mm').warning('attention without the %s kernel: %s', name, reason)
     return reason
@@ -73,8 +67,8 @@ def _find_refusal(name: str, device: torch.device, dtype: torch.dtype, head_size
 KERNELS: dict[str, Callable[..., Tensor]] = {
     'reference': reference.attention,
     'sdpa': sdpa.attention,
-    'cpu': partial(_insist, cpu),
-    'triton': partial(_insist, triton),
+    'cpu': partial(_insist, 'cpu'),
+    'triton': partial(_insist, 'triton'),
 }
 
 

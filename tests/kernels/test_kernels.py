@@ -1,10 +1,13 @@
 """Every kernel equals the definition, forward and backward."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from swin_mm.kernels import get_kernel, reference
+from swin_mm.kernels import KERNELS, get_kernel, reference
 
 HEADS, DIM = 2, 8
 # Maps with padding on both sides and none, shifts on both axes, on one and on none, a window larger than the map.
@@ -117,6 +120,17 @@ def test_dropout_drops_weights_and_keeps_the_expectation(name):
         assert not torch.equal(kernel(*arguments, 0.5), kernel(*arguments, 0.5))
         assert (mean - kernel(*arguments)).abs().max() < 0.2
     assert not torch.equal(kernel(*arguments, 0.5), kernel(*arguments, 0.5))
+
+
+@pytest.mark.parametrize('name', ['auto', *KERNELS])
+def test_models_that_hold_a_kernel_can_be_copied_and_pickled(name):
+    layer = torch.nn.Identity()
+    layer.attend = get_kernel(name)
+    tensors = [t.detach() if isinstance(t, torch.Tensor) else t for t in inputs(torch.float32, (4, 6), (2, 3))]
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        if name != 'triton':
+            arguments = *tensors[:3], (2, 3), (0, 0), tensors[3]
+            assert torch.equal(twin.attend(*arguments), layer.attend(*arguments))
 
 
 def test_unknown_kernel_is_named_with_the_choices():

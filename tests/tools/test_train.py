@@ -72,7 +72,7 @@ def test_a_stopped_run_goes_on_where_it_was(tiny, tmp_path):
                 for pid in [process.pid] if detection else [process.pid, *map(int, workers)]:
                     os.kill(pid, number)
             output += line
-        assert process.wait() == 128 + number
+        assert process.wait() == 128 + number, output[-3000:]
     finally:
         process.kill()
     done = len(steps(output))
