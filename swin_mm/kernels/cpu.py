@@ -6,6 +6,7 @@ both load the same OpenMP.
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -20,10 +21,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @lru_cache
 def _library(capability: str) -> ctypes.CDLL | None:
-    """The build for one of the names that ``torch.backends.cpu.get_cpu_capability`` gives."""
-    builds = {'AVX512': 'avx512', 'AVX2': 'avx2'}
-    spec = find_spec(f'swin_mm.kernels._cpu_{builds.get(capability, "default")}')
-    return ctypes.CDLL(spec.origin) if spec and spec.origin else None
+    """The best build for one of the names that ``torch.backends.cpu.get_cpu_capability`` gives."""
+    builds = ('avx512', 'avx2', 'default')
+    for name in builds[{'AVX512': 0, 'AVX2': 1}.get(capability, 2) :]:
+        spec = find_spec(f'swin_mm.kernels._cpu_{name}')
+        if spec and spec.origin:
+            with suppress(OSError):  # built on a machine that has what this one lacks
+                return ctypes.CDLL(spec.origin)
+    return None
 
 
 def _call(name: str, qkv: Tensor, *tensors: Tensor | None, problem: tuple[float, list[int]]) -> None:

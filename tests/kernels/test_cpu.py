@@ -127,6 +127,13 @@ def test_auto_is_it_where_it_serves(monkeypatch, caplog):
     assert len(messages) == 1 and 'not compiled' in messages[0] and 'C++ compiler' in messages[0]
 
 
+def test_a_lesser_build_serves_where_the_best_is_not_there(monkeypatch):
+    find, tried = cpu.find_spec, []
+    monkeypatch.setattr(cpu, 'find_spec', lambda name: tried.append(name) or (None if 'avx512' in name else find(name)))
+    library = cpu._library.__wrapped__('AVX512')
+    assert [name.rpartition('_')[2] for name in tried] == ['avx512', 'avx2'] and 'avx2' in library._name
+
+
 def test_exported_code_does_not_need_it():
     qkv, pad, bias, scale = (
         t if not isinstance(t, torch.Tensor) else t.detach() for t in inputs(torch.float32, (4, 6), (2, 3))
