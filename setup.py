@@ -23,8 +23,8 @@ ONNX = ['onnx', 'onnxscript', 'onnxruntime']
 # build is left out, and PyTorch's own attention takes its place.
 CPU_KERNELS = [
     Extension(
-        f'swin_mm.kernels._cpu_{name}',
-        ['swin_mm/kernels/window_attention.cpp'],
+        f'swin_mm.ops.attention._cpu_{name}',
+        ['swin_mm/ops/attention/window_attention.cpp'],
         extra_compile_args=['-O3', '-std=c++17', '-fopenmp', *flags],
         extra_link_args=['-fopenmp'],
         language='c++',

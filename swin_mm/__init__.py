@@ -6,8 +6,8 @@ from swin_mm.version import __version__
 
 __all__ = ['__version__']
 
-if find_spec('mmengine'):  # without it there is the plain model, swin_mm.swin
-    from swin_mm.backbone import SwinTransformer, SwinTransformerV2
-    from swin_mm.optim import LayerDecayOptimWrapperConstructor
+if find_spec('mmengine'):  # without it there is the plain model, swin_mm.models.swin
+    from swin_mm.openmmlab.backbone import SwinTransformer, SwinTransformerV2
+    from swin_mm.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor
 
     __all__ += ['LayerDecayOptimWrapperConstructor', 'SwinTransformer', 'SwinTransformerV2']

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import Tiny, make_data, make_tiny
+from support.tool_fixtures import Tiny, make_data, make_tiny
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # Triton reads it when it is imported, which nothing has done yet

@@ -4,10 +4,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
-from tiny import Bomb
+from support.tool_fixtures import Bomb
 
 from swin_mm import cli
 from swin_mm.checkpoints import CheckpointError
+from swin_mm.engine.runner import use_safe_reader
+from swin_mm.openmmlab.config import require_data
+from swin_mm.utils.errors import InputError, Stopped
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def parse(tmp_path):
     ],
 )
 def test_a_config_that_does_not_read(parse, text, words):
-    with pytest.raises(cli.InputError, match=words) as caught:
+    with pytest.raises(InputError, match=words) as caught:
         cli.read_config(parse(text))
     assert '\n' not in str(caught.value)
 
@@ -51,7 +54,7 @@ def test_mistyped_options_are_noticed(parse, capsys):
     assert 'model.backbone.dephts' in warnings[0] and 'did you mean depths?' in warnings[0]
     assert 'modle.x' in warnings[1] and 'did you mean model?' in warnings[1]
     assert cfg.randomness.seed == 1 and cfg.model.heads[0].a == 2
-    with pytest.raises(cli.InputError, match='--cfg-options does not fit'):
+    with pytest.raises(InputError, match='--cfg-options does not fit'):
         cli.read_config(parse(text, '--cfg-options', 'model.heads.7.a=2'))
 
 
@@ -63,8 +66,8 @@ def test_looks_where_the_dataset_would(tmp_path):
     def missing(part, dataset, **evaluator):
         cfg = Config({f'{part}_dataloader': {'dataset': dataset}, f'{part}_evaluator': evaluator})
         try:
-            cli.check_data(cfg, part)
-        except cli.InputError as error:
+            require_data(cfg, part)
+        except InputError as error:
             return str(error)
 
     assert missing('train', here) is None
@@ -92,10 +95,10 @@ def test_maps_that_no_step_reads_need_not_be_there(tmp_path):
 
     def check(step: str) -> None:
         pipeline = [{'type': step, 'with_mask': True}]
-        cli.check_data(Config({'train_dataloader': {'dataset': node | {'pipeline': pipeline}}}), 'train')
+        require_data(Config({'train_dataloader': {'dataset': node | {'pipeline': pipeline}}}), 'train')
 
     check('LoadAnnotations')
-    with pytest.raises(cli.InputError, match='panoptic/ .train_dataloader: seg'):
+    with pytest.raises(InputError, match='panoptic/ .train_dataloader: seg'):
         check('LoadPanopticAnnotations')
 
 
@@ -108,13 +111,13 @@ def test_exit_codes(parse, capsys):
 
     args = parse('')
     assert cli.run(lambda _: None, args) == 0
-    assert cli.run(raising(cli.InputError('what was wrong')), args) == 2
+    assert cli.run(raising(InputError('what was wrong')), args) == 2
     assert capsys.readouterr().err == 'error: what was wrong\n'
-    assert cli.run(raising(cli.Stopped('saved', 15)), args) == 143
+    assert cli.run(raising(Stopped('saved', 15)), args) == 143
     assert cli.run(raising(KeyboardInterrupt()), args) == 130
     with pytest.raises(ZeroDivisionError):  # not the user's mistake: keeps its traceback
         cli.run(raising(ZeroDivisionError()), args)
-    assert cli.run(raising(cli.InputError('x')), parse('', '--debug')) == 2
+    assert cli.run(raising(InputError('x')), parse('', '--debug')) == 2
     assert 'Traceback' in capsys.readouterr().err
 
 
@@ -122,7 +125,7 @@ def test_mmengine_does_not_run_code_in_checkpoints(tmp_path, monkeypatch):
     # Without this its reader warns and then unpickles everything.
     monkeypatch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
     monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
-    cli.use_safe_reader()
+    use_safe_reader()
     torch.save({'state_dict': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
     with pytest.raises(CheckpointError, match='wants to run code'):
         CheckpointLoader.load_checkpoint(str(tmp_path / 'bomb.pth'))

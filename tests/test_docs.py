@@ -34,11 +34,14 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from tiny import ROOT, make_data
+from support.tool_fixtures import ROOT, make_data
 
 import swin_mm
-from swin_mm import checkpoints, cli, doctor
-from swin_mm.swin import ARCHS, SwinPyramid
+from swin_mm import checkpoints, cli
+from swin_mm.models.swin import ARCHS, SwinPyramid
+from swin_mm.openmmlab import config
+from swin_mm.openmmlab.config import iter_dicts
+from swin_mm.utils import environment as doctor
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 NOT_RUN = {
@@ -250,7 +253,7 @@ def shrink(cfg: Config) -> Config:
     if '://' in str(backbone.get('init_cfg')):
         backbone.init_cfg = None
     small = {'scale': (96, 64), 'scales': [(96, 64)], 'crop_size': (64, 64), 'size': (64, 64)}
-    for node in cli._dicts(cfg._cfg_dict):
+    for node in iter_dicts(cfg._cfg_dict):
         node.update({key: value for key, value in small.items() if isinstance(node.get(key), (list, tuple))})
     for part in ('train', 'val', 'test'):
         cfg[f'{part}_dataloader'].update(num_workers=0, persistent_workers=False)
@@ -401,7 +404,7 @@ def test_configs_build(piece, tmp_path):
     )
     (tmp_path / 'config.py').write_text(base + piece.text)
     cfg = Config.fromfile(tmp_path / 'config.py')
-    for node in cli._dicts(cfg._cfg_dict):
+    for node in iter_dicts(cfg._cfg_dict):
         if str(node.get('type')).startswith('swin_mm.'):
             resolve_name(node.type)
     init_default_scope(cfg.default_scope)
@@ -426,8 +429,8 @@ def test_python_runs(piece, folder, runs):
 
 def execute(text):
     """Run a snippet on configs made small."""
-    load = cli.load_config
-    cli.load_config = lambda name: shrink(load(name))
+    load = config.load_config
+    config.load_config = lambda name: shrink(load(name))
     exec(text, {})
 
 

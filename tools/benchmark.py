@@ -42,8 +42,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from swin_mm.kernels import KERNELS
-from swin_mm.swin import ARCHS, SwinPyramid
+from swin_mm.models.swin import ARCHS, SwinPyramid
+from swin_mm.ops.attention import KERNELS
 
 TOLERANCES = {'fp32': 1e-3, 'fp16': 0.02, 'bf16': 0.05}  # of the largest value; seen on a CPU: 1e-6, bf16 0.018
 TINY = {'embed_dims': 16, 'depths': (1, 1, 2, 1), 'num_heads': (1, 1, 2, 2)}

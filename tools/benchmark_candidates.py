@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import swin_mm
-from swin_mm.derived import evaluating
-from swin_mm.graphs import GraphedForward
-from swin_mm.kernels import KERNELS
-from swin_mm.swin import SwinPyramid
+from swin_mm.models.derived import evaluating
+from swin_mm.models.graphs import GraphedForward
+from swin_mm.models.swin import SwinPyramid
+from swin_mm.ops.attention import KERNELS
 
 ROOT = Path(__file__).parents[1]
 Swin = getattr(swin_mm, 'SwinTransformer', SwinPyramid)  # the backbone of configs where there is mmengine

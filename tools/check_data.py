@@ -19,8 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from swin_mm import cli
-from swin_mm.data_check import Part, check
-from swin_mm.figures import figure
+from swin_mm.analysis.dataset_check import Part, check
+from swin_mm.analysis.figures import figure
+from swin_mm.openmmlab.config import require_data
+from swin_mm.utils.errors import InputError
+from swin_mm.utils.files import atomic_write
 
 PARTS = ('train', 'val', 'test')
 
@@ -39,10 +42,10 @@ def main(args: Namespace) -> None:
     cfg = cli.read_config(args)
     names = args.part or [name for name in PARTS if cfg.get(f'{name}_dataloader')]
     if lacking := [name for name in names if not cfg.get(f'{name}_dataloader')]:
-        raise cli.InputError(f'{args.config} has no {lacking[0]}_dataloader')
+        raise InputError(f'{args.config} has no {lacking[0]}_dataloader')
     if args.workers is not None and args.workers < 1:
-        raise cli.InputError(f'--workers {args.workers}: at least 1 is needed')
-    cli.check_data(cfg, *names)
+        raise InputError(f'--workers {args.workers}: at least 1 is needed')
+    require_data(cfg, *names)
     parts = check(cfg, names, args.workers)
     problems = sorted(problem for part in parts for problem in part.problems)
     console = Console(highlight=False)
@@ -55,7 +58,7 @@ def main(args: Namespace) -> None:
         if len(lines) > 5:
             console.print(f'  and {len(lines) - 5} more')
     if args.out:
-        with cli.replacing(args.out / 'problems.txt') as file:
+        with atomic_write(args.out / 'problems.txt') as file:
             file.write_text(''.join(f'{kind}: {what}\n' for kind, what in problems))
         plot(parts, args.out)
         console.print(f'written: {args.out}')

@@ -21,7 +21,8 @@ from swin_mm.checkpoints import Contents, convert, parse, unwrap, write_checkpoi
 from swin_mm.checkpoints.contents import meaning
 from swin_mm.checkpoints.files import check_writable, fetch, read_checkpoint
 from swin_mm.checkpoints.namings import CLASSIFIER, OUTPUT_NORMS, TARGETS
-from swin_mm.cli import InputError, run
+from swin_mm.cli import run
+from swin_mm.utils.errors import InputError
 
 
 def parse_args() -> argparse.Namespace:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swin_mm import cli
+from swin_mm.utils.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +58,7 @@ def main(args: Namespace) -> None:
     """Run everything and judge it."""
     out = args.out or Path('demo', time.strftime('%Y%m%d_%H%M%S'))
     if out.exists():
-        raise cli.InputError(f'{out} exists; give another folder with --out, nothing is overwritten')
+        raise InputError(f'{out} exists; give another folder with --out, nothing is overwritten')
     if not Path('demo/data').exists():  # the configs look for it there
         tool('make_demo_data.py', 'demo/data')
     table = Table(
@@ -82,7 +83,7 @@ def main(args: Namespace) -> None:
     console.print(f'pictures (ground truth left, prediction right): {out / "pictures"}')
     console.print(f'checkpoints and logs: {", ".join(str(out / Path(task.config).stem) for task in TASKS)}')
     if missed:
-        raise cli.InputError(f'the demo trained, but {", ".join(missed)} stayed below what was asked for')
+        raise InputError(f'the demo trained, but {", ".join(missed)} stayed below what was asked for')
 
 
 def tool(name: str, *arguments: object) -> float:

@@ -30,7 +30,10 @@ from torch.utils import _pytree as pytree
 import swin_mm  # noqa: F401 (registers the backbones)
 from swin_mm import cli
 from swin_mm.checkpoints import read_checkpoint, unwrap, write_checkpoint
-from swin_mm.swin import SwinPyramid
+from swin_mm.models.swin import SwinPyramid
+from swin_mm.openmmlab.config import build_model
+from swin_mm.utils.errors import InputError
+from swin_mm.utils.files import atomic_write
 
 FORMATS = {'torch.export': '.pt2', 'onnx': '.onnx', 'torchscript': '.pt', 'safetensors': '.safetensors'}
 # Batch, height and width to compare at: multiples of windows, of patches, of neither, one window, upright and lying.
@@ -83,13 +86,13 @@ def main(args: Namespace) -> None:
     images = [torch.randn(batch, channels, *sides) for batch, *sides in sizes]
 
     console = Console()
-    with torch.no_grad(), cli.replacing(args.out) as file:
+    with torch.no_grad(), atomic_write(args.out) as file:
         with console.status(f'exporting to {args.to}'), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # of the exporters, about themselves
             try:
                 run = WRITERS[args.to](part, images[1], None if size else least, file, args.opset)
             except Exception as error:
-                raise cli.InputError(
+                raise InputError(
                     f'{args.to} cannot take the {args.part} of {args.config}: {reason(error)} '
                     '(--debug shows where)' + ('' if args.part == 'backbone' else '; --part backbone may do')
                 ) from error
@@ -108,24 +111,24 @@ def check(args: Namespace) -> tuple[int, int] | None:
     """
     out, suffix = args.out, FORMATS[args.to]
     if out.suffix != suffix:
-        raise cli.InputError(f'--out {out} must end in {suffix}, since --to is {args.to}')
+        raise InputError(f'--out {out} must end in {suffix}, since --to is {args.to}')
     if not out.parent.is_dir():
-        raise cli.InputError(f'--out {out}: the folder {out.parent} does not exist; make it first')
+        raise InputError(f'--out {out}: the folder {out.parent} does not exist; make it first')
     if out.exists() and not (args.force and out.is_file()):
-        raise cli.InputError(f'--out {out} exists; choose another name, or --force to replace a file')
+        raise InputError(f'--out {out} exists; choose another name, or --force to replace a file')
     if args.to == 'onnx':
         try:
             import onnxruntime  # noqa: F401
             import onnxscript  # noqa: F401
         except ImportError as error:
-            raise cli.InputError(f'--to onnx: {error}; pip install onnx onnxscript onnxruntime') from error
+            raise InputError(f'--to onnx: {error}; pip install onnx onnxscript onnxruntime') from error
     if args.opset is not None and (args.to != 'onnx' or args.opset not in OPSETS):
-        raise cli.InputError(f'--opset {args.opset}: of ONNX, {OPSETS[0]} to {OPSETS[-1]}')
+        raise InputError(f'--opset {args.opset}: of ONNX, {OPSETS[0]} to {OPSETS[-1]}')
     if args.size is not None and args.to == 'safetensors':
-        raise cli.InputError('--size: safetensors holds weights alone, which serve every size; leave --size out')
+        raise InputError('--size: safetensors holds weights alone, which serve every size; leave --size out')
     if args.size is None and args.to == 'torchscript':
-        raise cli.InputError('--to torchscript traces one size of image: give it with --size WxH')
-    size = cli.numbers('--size', args.size, 'x', least=1)
+        raise InputError('--to torchscript traces one size of image: give it with --size WxH')
+    size = cli.parse_size('--size', args.size, 'x', least=1)
     return size and size[::-1]
 
 
@@ -140,18 +143,18 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
     if part == 'backbone':  # ours finds its weights by itself, others do not
         state = {k.removeprefix('backbone.'): v for k, v in state.items() if k.startswith('backbone.')} or state
     if 'backbone' not in cfg.get('model', ()):
-        raise cli.InputError(f'{cfg.filename} has no model with a backbone')
+        raise InputError(f'{cfg.filename} has no model with a backbone')
     for how_to_run in ('compile', 'cuda_graphs', 'attention'):
         cfg.model.backbone.pop(how_to_run, None)
-    model = cli.build_model(cfg, cfg.model.backbone if part == 'backbone' else cfg.model)
+    model = build_model(cfg, cfg.model.backbone if part == 'backbone' else cfg.model)
     try:
         absent = model.load_state_dict(state, strict=part == 'backbone').missing_keys
     except RuntimeError as error:
-        raise cli.InputError(
+        raise InputError(
             f'{checkpoint} is not a checkpoint of {cfg.filename}: {" ".join(str(error).split())}'
         ) from error
     if absent:
-        raise cli.InputError(
+        raise InputError(
             f'{checkpoint} is not a checkpoint of {cfg.filename}: {len(absent)} weights are not there, '
             f'the first is {absent[0]}'
         )
@@ -171,7 +174,7 @@ class Part(nn.Module):
         super().__init__()
         if part == 'model' and getattr(model, 'with_roi_head', False):
             # torch.export: Could not guard on data-dependent expression Eq(u0, 1); u0 is how many boxes were chosen.
-            raise cli.InputError(
+            raise InputError(
                 f'--part model: {type(model).__name__} chooses boxes between its two stages, and their number depends '
                 'on the image, which a graph cannot; --part backbone works'
             )

@@ -34,10 +34,12 @@ from mmengine.model import ImgDataPreprocessor
 from torch import Tensor
 
 from swin_mm import cli
-from swin_mm.figures import figure
-from swin_mm.kernels import reference
-from swin_mm.swin import SwinBlock, SwinPyramid
-from swin_mm.windows import Size, from_windows, padded, region_mask, to_windows
+from swin_mm.analysis.figures import figure
+from swin_mm.models.swin import SwinBlock, SwinPyramid
+from swin_mm.openmmlab.config import build_model, test_dataset
+from swin_mm.ops.attention import reference
+from swin_mm.ops.windows import Size, padded_size, region_mask, window_partition, window_reverse
+from swin_mm.utils.errors import InputError
 
 PARTS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7')  # of a window that the map's edges cut
 PADDING = dict(fc='0.9', ec='0.6', hatch='////', lw=0)
@@ -92,11 +94,11 @@ class Stage(NamedTuple):
 def main(args: Namespace) -> None:
     """Draw."""
     cfg = cli.read_config(args)
-    size = cli.numbers('--size', args.size, 'x', least=1)
+    size = cli.parse_size('--size', args.size, 'x', least=1)
     picture, image, (width, height) = read_image(cfg, args.image, size)
-    x, y = cli.numbers('--point', args.point, ',') or (width // 2, height // 2)
+    x, y = cli.parse_size('--point', args.point, ',') or (width // 2, height // 2)
     if not (x < width and y < height):
-        raise cli.InputError(f'--point {args.point} is outside of the image, which has {width} × {height} pixels')
+        raise InputError(f'--point {args.point} is outside of the image, which has {width} × {height} pixels')
     point = x * picture.shape[1] // width, y * picture.shape[0] // height
     backbone = build(cfg, args.checkpoint)
     stages = watch(backbone, image, args.block)
@@ -118,9 +120,9 @@ def read_image(cfg: Config, path: str, size: Size | None) -> tuple[np.ndarray, T
     try:
         picture = mmcv.imread(path)
     except OSError as error:
-        raise cli.InputError(f'image {path} cannot be read: {error}') from error
+        raise InputError(f'image {path} cannot be read: {error}') from error
     if picture is None:
-        raise cli.InputError(f'image {path} cannot be decoded; give a JPEG or PNG file')
+        raise InputError(f'image {path} cannot be decoded; give a JPEG or PNG file')
     given = picture.shape[1::-1]
     if size := size or usual_scale(cfg):
         picture = mmcv.imrescale(picture, size)
@@ -134,7 +136,7 @@ def read_image(cfg: Config, path: str, size: Size | None) -> tuple[np.ndarray, T
 
 def usual_scale(cfg: Config) -> Size | None:
     """What the config's test pipeline scales images to fit."""
-    pipeline = cli.test_dataset(cfg).get('pipeline', ()) if cfg.get('test_dataloader') else ()
+    pipeline = test_dataset(cfg).get('pipeline', ()) if cfg.get('test_dataloader') else ()
     scale = next((step['scale'] for step in pipeline if step['type'].endswith('Resize') and 'scale' in step), None)
     return (scale, scale) if isinstance(scale, int) else scale
 
@@ -148,12 +150,12 @@ def build(cfg: Config, checkpoint: str | None) -> SwinPyramid:
     """
     options = cfg.get('model', {}).get('backbone')
     if options is None:
-        raise cli.InputError(f'{cfg.filename} has no model.backbone')
+        raise InputError(f'{cfg.filename} has no model.backbone')
     if checkpoint:
         options.init_cfg = dict(type='Pretrained', checkpoint=checkpoint)
-    backbone = cli.build_model(cfg, options)
+    backbone = build_model(cfg, options)
     if not isinstance(backbone, SwinPyramid):
-        raise cli.InputError(
+        raise InputError(
             f'{cfg.filename} has the backbone {options.type}, not one of swin_mm; tools/plug.py puts ours into it'
         )
     if not options.get('init_cfg') and not options.get('pretrained'):
@@ -173,7 +175,7 @@ def watch(backbone: SwinPyramid, image: Tensor, block: int) -> list[Stage]:
     entered, left, hooks = [], [], []
     for number, stage in enumerate(backbone.layers):
         if not -len(stage.blocks) <= block < len(stage.blocks):
-            raise cli.InputError(f'--block {block}: stage {number} has {len(stage.blocks)} blocks, counted from 0')
+            raise InputError(f'--block {block}: stage {number} has {len(stage.blocks)} blocks, counted from 0')
         hooks.append(stage.blocks[block].register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0])))
         hooks.append(stage.register_forward_hook(lambda _, inputs, result: left.append(result)))
     with torch.no_grad():
@@ -203,14 +205,14 @@ def attention_weights(block: SwinBlock, x: Tensor) -> Tensor:
         block: any.
         x: what goes into it, (1, H, W, C).
     """
-    kernel, caught = block.attn.attend, []
+    kernel, caught = block.attn.attention_fn, []
 
-    def attend(*args: Any) -> Tensor:
+    def attention_fn(*args: Any) -> Tensor:
         caught.append(reference.weights(*args[:6])[0])
         return kernel(*args)
 
-    with mock.patch.object(block.attn, 'attend', attend):
-        block.whole(x, *block.fit(tuple(x.shape[1:3])))
+    with mock.patch.object(block.attn, 'attention_fn', attention_fn):
+        block.whole(x, *block.effective_window(tuple(x.shape[1:3])))
     return caught[0]
 
 
@@ -219,11 +221,11 @@ def visible(size: Size, window: Size, shift: Size) -> Tensor:
 
     The number of a token is window * N + the first token of the window that it sees.
     """
-    whole, slots = padded(size, window), window[0] * window[1]
+    whole, slots = padded_size(size, window), window[0] * window[1]
     count = whole[0] * whole[1] // slots
     mask = region_mask(size, window, shift, torch.device('cpu')) if any(shift) else torch.zeros(count, slots, slots)
     first = (mask == 0).int().argmax(-1) + slots * torch.arange(count)[:, None]
-    return from_windows(first[..., None], whole, window, shift)[0, ..., 0]
+    return window_reverse(first[..., None], whole, window, shift)[0, ..., 0]
 
 
 def attention_map(block: SwinBlock, x: Tensor, token: tuple[int, int]) -> np.ndarray:
@@ -235,10 +237,10 @@ def attention_map(block: SwinBlock, x: Tensor, token: tuple[int, int]) -> np.nda
         token: row and column.
     """
     size = tuple(x.shape[1:3])
-    window, shift = block.fit(size)
-    whole = padded(size, window)
+    window, shift = block.effective_window(size)
+    whole = padded_size(size, window)
     tokens = torch.arange(whole[0] * whole[1]).view(1, *whole, 1)
-    tokens = to_windows(tokens, window, shift)[..., 0]  # (nW, N)
+    tokens = window_partition(tokens, window, shift)[..., 0]  # (nW, N)
     place = tokens == token[0] * whole[1] + token[1]
     ((n, t),) = place.nonzero().tolist()
     weights = attention_weights(block, x)[n, :, t]  # (h, N)
@@ -360,8 +362,11 @@ def draw_features(path: Path, picture: np.ndarray, stages: list[Stage]) -> None:
 
 def draw_windows(path: Path, picture: np.ndarray, stages: list[Stage]) -> None:
     """Windows, shifted windows, and what the cyclic shift makes of them, a row per stage."""
-    fits = [next((b for b in s.blocks if any(b.fit(s.size)[1])), s.block).fit(s.size) for s in stages]
-    wholes = [padded(stage.size, window) for stage, (window, _) in zip(stages, fits, strict=True)]
+    fits = [
+        next((b for b in s.blocks if any(b.effective_window(s.size)[1])), s.block).effective_window(s.size)
+        for s in stages
+    ]
+    wholes = [padded_size(stage.size, window) for stage, (window, _) in zip(stages, fits, strict=True)]
     heights = [min(4 * whole[0] / whole[1], 3) for whole in wholes]
     with figure(path, 12, sum(heights) + 0.3 * len(stages) + 0.9) as drawn:
         drawn.suptitle('Windows')
@@ -406,7 +411,7 @@ def draw_attention(path: Path, picture: np.ndarray, stage: Stage, point: tuple[i
     """What the token at a point (x, y in pixels) attends to: where its window lies, and each head."""
     token = point[1] // stage.stride, point[0] // stage.stride
     maps = attention_map(stage.block, stage.entered, token)
-    window, shift = stage.block.fit(stage.size)
+    window, shift = stage.block.effective_window(stage.size)
     whole = tuple(slice(0, side) for side in maps.shape[1:])
     seen = tuple(slice(int(a.min()), int(a.max()) + 1) for a in np.isfinite(maps[0]).nonzero())
     near = tuple(

@@ -14,6 +14,7 @@ from rich.progress import track
 from sklearn.datasets import load_digits, load_sample_images
 
 from swin_mm import cli
+from swin_mm.utils.errors import InputError
 
 CLASSES = tuple('0123456789')  # of instances; the semantic ones are the two photographs and DIGIT
 DIGIT = 3
@@ -46,11 +47,9 @@ def parse_args() -> Namespace:
 def main(args: Namespace) -> None:
     """Write the data set, whole or not at all."""
     if args.out.exists() and not args.force:
-        raise cli.InputError(f'{args.out} exists; choose another folder, or replace it with --force')
+        raise InputError(f'{args.out} exists; choose another folder, or replace it with --force')
     if args.size < 96 or args.train < 1 or args.val < 1:
-        raise cli.InputError(
-            'a data set needs scenes of at least 96 pixels (--size) and one in each of --train and --val'
-        )
+        raise InputError('a data set needs scenes of at least 96 pixels (--size) and one in each of --train and --val')
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=f'.{args.out.name}.') as temporary:
         folder = Path(temporary, 'data')

@@ -33,10 +33,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from swin_mm import cli
-from swin_mm.attention import WindowAttention
-from swin_mm.kernels import reference, triton
-from swin_mm.swin import SwinPyramid
-from swin_mm.windows import padded
+from swin_mm.models.swin import SwinPyramid
+from swin_mm.models.window_attention import WindowAttention
+from swin_mm.openmmlab.config import build_model
+from swin_mm.ops.attention import reference, triton
+from swin_mm.ops.windows import padded_size
+from swin_mm.utils.errors import InputError
 
 BOXES, MASKS = 1000, 100  # what the second stage of a detector is counted with
 KERNELS = {'reference': reference.attention, 'Triton': triton.attention}
@@ -58,8 +60,8 @@ def parse_args() -> Namespace:
 def main(args: Namespace) -> None:
     """Print the tables."""
     if args.batch < 1:
-        raise cli.InputError(f'--batch {args.batch}: at least 1 is needed')
-    size, console = cli.numbers('--size', args.size, 'x', least=1), Console()
+        raise InputError(f'--batch {args.batch}: at least 1 is needed')
+    size, console = cli.parse_size('--size', args.size, 'x', least=1), Console()
     if args.markdown:
         print('| config | parameters | GMAC | image |\n| --- | --- | --- | --- |')
     for path in (args.config, *args.more):
@@ -116,8 +118,8 @@ def table_of_stages(backbone: SwinPyramid, width: int, height: int) -> Table:
     table = Table(*titles, box=box.SIMPLE_HEAD, collapse_padding=True)
     for i, (stage, size) in enumerate(zip(backbone.layers, map_sizes(backbone, width, height), strict=True)):
         block = stage.blocks[-1]
-        window, shift = block.fit(size)
-        whole = padded(size, window)
+        window, shift = block.effective_window(size)
+        whole = padded_size(size, window)
         cells = [i, len(stage.blocks), backbone.num_features[i], block.attn.num_heads, size, window, shift, whole]
         cells.append(whole[0] // window[0] * (whole[1] // window[1]))
         table.add_row(*(f'{cell[0]}×{cell[1]}' if isinstance(cell, tuple) else str(cell) for cell in cells))
@@ -142,7 +144,7 @@ def usual_size(config: Config) -> tuple[int, int]:
     for step in config.get('test_pipeline', ()):
         if step['type'] == 'Resize' and 'scale' in step:
             return step['scale']
-    raise cli.InputError(f'{config.filename} has no test_pipeline that resizes; give the size of the image, --size WxH')
+    raise InputError(f'{config.filename} has no test_pipeline that resizes; give the size of the image, --size WxH')
 
 
 def build(config: Config, device: str = 'meta') -> nn.Module:
@@ -152,12 +154,12 @@ def build(config: Config, device: str = 'meta') -> nn.Module:
         InputError: it cannot be built, or is neither detector nor segmentor.
     """
     if config.get('default_scope') not in ('mmdet', 'mmseg') or 'backbone' not in config.get('model', {}):
-        raise cli.InputError(
+        raise InputError(
             f'{config.filename} is not a detector or a segmentor: default_scope should be mmdet or mmseg, and '
             'there should be a model.backbone'
         )
     with torch.device(device):
-        return cli.build_model(config, config.model).eval()
+        return build_model(config, config.model).eval()
 
 
 def parts(model: nn.Module) -> dict[str, list[nn.Module]]:
@@ -234,7 +236,7 @@ def _plain_convolution(self: nn.Module, x: Tensor, offset: Tensor) -> Tensor:
 def _use(kernel: Callable[..., Tensor], model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, WindowAttention):
-            module.attend = kernel
+            module.attention_fn = kernel
 
 
 def kept(config: Config, width: int, height: int, batch: int, kernel: Callable[..., Tensor]) -> Counter[str]:
@@ -245,7 +247,7 @@ def kept(config: Config, width: int, height: int, batch: int, kernel: Callable[.
         width: of the images.
         height: of the images.
         batch: images in the step.
-        kernel: computes attention, see :mod:`swin_mm.kernels`.
+        kernel: computes attention, see :mod:`swin_mm.ops.attention`.
     """
     model = build(config)
     _use(kernel, model)

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from swin_mm import cli
-from swin_mm.figures import figure
+from swin_mm.analysis.figures import figure
+from swin_mm.utils.errors import InputError
 
 FORMATS = ('.png', '.svg', '.pdf')
 PLACES = ('at', 'epoch', 'iter', 'step')  # of a record in the run
@@ -68,9 +69,9 @@ class LogError(Exception):
 def main(args: Namespace) -> None:
     """Draw the curves, print the table."""
     if args.out.suffix.lower() not in FORMATS:
-        raise cli.InputError(f'--out {args.out}: name the picture *{", *".join(FORMATS)}')
+        raise InputError(f'--out {args.out}: name the picture *{", *".join(FORMATS)}')
     if args.smooth is not None and args.smooth < 1:
-        raise cli.InputError(f'--smooth {args.smooth}: at least 1 is needed, which leaves the curves as they are')
+        raise InputError(f'--smooth {args.smooth}: at least 1 is needed, which leaves the curves as they are')
     runs, problems = {}, []
     for path in args.runs:
         try:
@@ -80,7 +81,7 @@ def main(args: Namespace) -> None:
     for problem in problems:
         print(f'skipped {problem}', file=sys.stderr)
     if not runs:
-        raise cli.InputError('there is nothing to draw in any of the runs, for the reasons named above')
+        raise InputError('there is nothing to draw in any of the runs, for the reasons named above')
     keys = choose(runs, args.keys)
     draw(args.out, runs, keys, args.smooth)
     console = Console()
@@ -162,13 +163,13 @@ def choose(runs: dict[str, dict[str, Curve]], patterns: list[str] | None) -> lis
     if patterns:
         matches = {pattern: [key for key in metric if fnmatch(key, pattern)] for pattern in patterns}
         if lacking := [pattern for pattern, keys in matches.items() if not keys]:
-            raise cli.InputError(f'--keys {" ".join(lacking)} match nothing; there are: {", ".join(metric)}')
+            raise InputError(f'--keys {" ".join(lacking)} match nothing; there are: {", ".join(metric)}')
         return list(dict.fromkeys(key for keys in matches.values() for key in keys))
     keys = [key for key in ('loss', 'lr') if key in metric]
     keys += [key for key in metric if metric[key] and not key.endswith(DETAILS)]
     keys += [key for key in metric if not metric[key] and 'loss' in key and key != 'loss']
     if not keys:
-        raise cli.InputError(f'no losses, lr or metrics are logged; choose with --keys from: {", ".join(metric)}')
+        raise InputError(f'no losses, lr or metrics are logged; choose with --keys from: {", ".join(metric)}')
     if len(keys) > MOST:
         print(f'drawn are {MOST} of {len(keys)} keys; --keys draws others: {", ".join(keys[MOST:])}')
     return keys[:MOST]

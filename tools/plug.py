@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.text import Text
 
 from swin_mm import cli
-from swin_mm.plug import plug, show, write
-from swin_mm.swin import ARCHS
+from swin_mm.models.swin import ARCHS
+from swin_mm.openmmlab.config import load_config
+from swin_mm.openmmlab.plug import plug, show, write
 
 
 def parse_args() -> Namespace:
@@ -27,7 +28,7 @@ def parse_args() -> Namespace:
 
 def main(args: Namespace) -> None:
     """Show the changes and write them."""
-    before = cli.load_config(args.config)
+    before = load_config(args.config)
     after = plug(before, args.arch, args.v2, args.checkpoint)
     if args.out:
         write(before, after, args.out, args.force)

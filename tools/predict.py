@@ -28,7 +28,9 @@ from PIL import Image, ImageOps
 from rich.progress import Progress
 
 from swin_mm import cli
-from swin_mm.predict import DTYPES, Predictor, View
+from swin_mm.analysis.prediction import DTYPES, Predictor, View
+from swin_mm.utils.errors import InputError
+from swin_mm.utils.files import atomic_write
 
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
@@ -52,14 +54,14 @@ def main(args: Namespace) -> None:
     """Predict."""
     cfg = cli.read_config(args)
     if args.batch_size < 1:
-        raise cli.InputError(f'--batch-size {args.batch_size}: at least 1 is needed')
+        raise InputError(f'--batch-size {args.batch_size}: at least 1 is needed')
     try:
         torch.empty(0, device=args.device)
     except Exception as error:
-        raise cli.InputError(f'--device {args.device} is of no use here: {str(error).splitlines()[0]}') from error
+        raise InputError(f'--device {args.device} is of no use here: {str(error).splitlines()[0]}') from error
     names = name_outputs(find(args.inputs))
     predictor = Predictor(cfg, args.checkpoint, args.device, args.dtype, args.tta, args.score_thr)
-    with cli.replacing(args.out / 'classes.json') as file:
+    with atomic_write(args.out / 'classes.json') as file:
         rows = zip(predictor.classes, predictor.palette, strict=True)
         file.write_text(json.dumps([{'id': i, 'name': name, 'color': rgb} for i, (name, rgb) in enumerate(rows)]))
 
@@ -90,7 +92,7 @@ def main(args: Namespace) -> None:
         for video, paths in groupby(names, is_video):
             if not video:
                 for name, drawn in predict(read(paths)):
-                    with cli.replacing(args.out / f'vis/{name}.jpg') as file:
+                    with atomic_write(args.out / f'vis/{name}.jpg') as file:
                         Image.fromarray(drawn).save(file, quality=95, subsampling=0)
                 continue
             for path in paths:
@@ -114,7 +116,7 @@ def find(inputs: Iterable[str]) -> list[str]:
         inside = glob.glob(os.path.join(glob.escape(entry), '*') if os.path.isdir(entry) else entry, recursive=True)
         found = sorted(path for path in inside if path.lower().endswith((*IMAGES, *VIDEOS)))
         if not found:
-            raise cli.InputError(f'{entry}: no image or video is there (looked for {" ".join((*IMAGES, *VIDEOS))})')
+            raise InputError(f'{entry}: no image or video is there (looked for {" ".join((*IMAGES, *VIDEOS))})')
         paths += found
     return list(dict.fromkeys(paths))
 
@@ -143,7 +145,7 @@ def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:
     Raises:
         EOFError: there are none.
     """
-    with cli.replacing(path) as file:
+    with atomic_write(path) as file:
         writer = None
         for picture in pictures:
             writer = writer or cv2.VideoWriter(

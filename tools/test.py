@@ -8,9 +8,12 @@ from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 
 from swin_mm import cli
+from swin_mm.analysis.prediction import DTYPES, compute_in
 from swin_mm.checkpoints import read_checkpoint
-from swin_mm.cli import as_list, augment
-from swin_mm.predict import DTYPES, compute_in
+from swin_mm.engine.runner import build_runner, use_safe_reader
+from swin_mm.engine.tta import apply_tta
+from swin_mm.openmmlab.config import as_list, require_data
+from swin_mm.utils.errors import InputError
 
 
 def parse_args() -> Namespace:
@@ -28,16 +31,16 @@ def main(args: Namespace) -> None:
     """Test."""
     cfg = cli.read_config(args)
     cfg.load_from, cfg.resume = args.checkpoint, False
-    cli.check_data(cfg, 'test')
-    cli.use_safe_reader()
+    require_data(cfg, 'test')
+    use_safe_reader()
     read_checkpoint(args.checkpoint)
     if args.show_dir:
         draw(cfg, args.show_dir)
     if args.tta:
-        augment(cfg)
+        apply_tta(cfg)
     if args.out:
         save_predictions(cfg, args.out)
-    runner = cli.build_runner(cfg)
+    runner = build_runner(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     compute_in(args.dtype, model.module if args.tta else model)
     runner.test()
@@ -47,7 +50,7 @@ def draw(cfg: Config, folder: str) -> None:
     """Turn on the drawing that the config has a hook for."""
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
-        raise cli.InputError(
+        raise InputError(
             "--show-dir needs default_hooks.visualization in the config, such as dict(type='DetVisualizationHook')"
         )
     hook.draw = True
@@ -64,12 +67,12 @@ def save_predictions(cfg: Config, out: str) -> None:
     path = Path(out)
     if cfg.default_scope == 'mmdet':
         if path.suffix not in ('.pkl', '.pickle') or path.is_dir():
-            raise cli.InputError(f'--out {out}: predictions of a detector go to one file, name it *.pkl')
+            raise InputError(f'--out {out}: predictions of a detector go to one file, name it *.pkl')
         path.parent.mkdir(parents=True, exist_ok=True)
         cfg.test_evaluator = [*as_list(cfg.test_evaluator), dict(type='DumpDetResults', out_file_path=out)]
     else:
         if path.suffix in ('.pkl', '.pickle') or path.is_file():
-            raise cli.InputError(f'--out {out}: predictions of a segmentor are one PNG per image, name a folder')
+            raise InputError(f'--out {out}: predictions of a segmentor are one PNG per image, name a folder')
         as_list(cfg.test_evaluator)[0].output_dir = out
 
 

@@ -7,10 +7,14 @@ from argparse import Namespace
 from mmengine.config import Config
 from mmengine.device import get_device
 
-from swin_mm import cli, interrupt
+from swin_mm import cli
 from swin_mm.checkpoints import read_checkpoint
-from swin_mm.plug import plug
-from swin_mm.swin import ARCHS
+from swin_mm.engine import preemption
+from swin_mm.engine.runner import build_runner, use_safe_reader
+from swin_mm.models.swin import ARCHS
+from swin_mm.openmmlab.config import require_data, require_pretrained
+from swin_mm.openmmlab.plug import plug
+from swin_mm.utils.errors import InputError
 
 VIS_BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}
 
@@ -47,13 +51,13 @@ def main(args: Namespace) -> None:
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if 'Amp' in str(cfg.optim_wrapper.get('type')) and get_device() == 'cpu':
-        raise cli.InputError(
+        raise InputError(
             'mixed precision (--amp, AmpOptimWrapper) needs a GPU and torch sees none; leave out --amp or set '
             '--cfg-options optim_wrapper.type=OptimWrapper'
         )
     if args.auto_scale_lr:
         if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise cli.InputError(
+            raise InputError(
                 '--auto-scale-lr needs the batch size that the learning rate was chosen for: '
                 'auto_scale_lr = dict(base_batch_size=16) in the config'
             )
@@ -62,18 +66,18 @@ def main(args: Namespace) -> None:
         cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
     for package in args.vis:
         log_to(cfg, package)
-    cli.check_data(cfg, 'train', *(['val'] if cfg.get('val_cfg') else []))
-    cli.use_safe_reader()
+    require_data(cfg, 'train', *(['val'] if cfg.get('val_cfg') else []))
+    use_safe_reader()
     set_start(cfg, args.resume)
 
-    interrupt.install()
-    interrupt.InterruptHook().train(cli.build_runner(cfg))
+    preemption.install()
+    preemption.InterruptHook().train(build_runner(cfg))
 
 
 def log_to(cfg: Config, package: str) -> None:
     """Add mmengine's writer for a package to the visualizer."""
     if importlib.util.find_spec(package) is None:
-        raise cli.InputError(f'--vis {package} needs the package {package}; install it with: pip install {package}')
+        raise InputError(f'--vis {package} needs the package {package}; install it with: pip install {package}')
     visualizer = cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
     visualizer.vis_backends = [*(visualizer.get('vis_backends') or []), dict(type=VIS_BACKENDS[package])]
 
@@ -83,19 +87,19 @@ def set_start(cfg: Config, resume: str | None) -> None:
     if resume is None and cfg.get('resume') and not cfg.get('load_from'):
         resume = 'auto'
     if resume == 'auto':
-        resume = interrupt.last_checkpoint(cfg.work_dir)
+        resume = preemption.last_checkpoint(cfg.work_dir)
         if resume is None:
             print(f'nothing to resume in {cfg.work_dir}: training starts anew')
     if resume is not None:
         cfg.resume, cfg.load_from = True, resume
     if not cfg.get('load_from'):
-        cli.check_pretrained(cfg)
+        require_pretrained(cfg)
         return
 
     checkpoint = read_checkpoint(cfg.load_from)
     if cfg.get('resume'):
         if lacking := {'meta', 'message_hub', 'state_dict', 'optimizer'} - checkpoint.keys():
-            raise cli.InputError(
+            raise InputError(
                 f'{cfg.load_from} is no checkpoint of a training run (it has no {", ".join(sorted(lacking))}); to '
                 'start from its weights use --cfg-options load_from=CHECKPOINT instead of --resume'
             )

@@ -1,8 +1,9 @@
 """Published checkpoints: reading files safely, and turning every key naming into ours and back."""
 
 from swin_mm.checkpoints.contents import Contents, Variant, convert, parse, unwrap
-from swin_mm.checkpoints.files import CheckpointError, read_checkpoint, write_checkpoint
+from swin_mm.checkpoints.files import read_checkpoint, write_checkpoint
 from swin_mm.checkpoints.loading import Report, adapt
+from swin_mm.utils.errors import CheckpointError
 
 __all__ = [
     'CheckpointError',

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swin_mm.checkpoints.files import CheckpointError
 from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, TARGETS, Naming
-from swin_mm.swin import ARCHS
-from swin_mm.windows import log_spaced_offsets, relative_index
+from swin_mm.models.swin import ARCHS
+from swin_mm.ops.windows import log_spaced_offsets, relative_index
+from swin_mm.utils.errors import CheckpointError
 
 WRAPPERS = ('state_dict', 'model', 'module', 'state_dict_ema', 'model_ema')
 

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from swin_mm.checkpoints.pickles import read_pickle, read_torch
+from swin_mm.utils.errors import CheckpointError
+from swin_mm.utils.files import atomic_write
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')  # of the files written here
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read or does not fit; the message says what is wrong and what to do."""
 
 
 def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
@@ -190,17 +188,13 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str], f
     """
     path = Path(path).expanduser()
     check_writable(path, force)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with atomic_write(path) as part:
         if path.suffix == '.safetensors':
             from safetensors.torch import save_file
 
-            save_file(dict(content), temporary, metadata={'format': 'pt'})
+            save_file(dict(content), part, metadata={'format': 'pt'})
         else:
-            torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            torch.save(content, part)
 
 
 def check_writable(path: Path, force: bool) -> None:

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_mm.attention import WindowAttentionV2
 from swin_mm.checkpoints.contents import Contents, Variant, meaning, parse, square_position
-from swin_mm.checkpoints.files import CheckpointError
 from swin_mm.checkpoints.namings import CLASSIFIER, LEFTOVERS, OFFICIAL, OUTPUT_NORMS
-from swin_mm.swin import SwinPyramid
-from swin_mm.windows import Size
+from swin_mm.models.swin import SwinPyramid
+from swin_mm.models.window_attention import WindowAttentionV2
+from swin_mm.ops.windows import Size
+from swin_mm.utils.errors import CheckpointError
 
 
 @dataclass
@@ -135,7 +135,7 @@ def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> 
         (report.new if re.fullmatch(OUTPUT_NORMS, name) and not has_norms else report.missing).append(name)
     report.notes = _notes(contents, model)
     if (strict and not report.complete) or not report.loaded:
-        raise CheckpointError(_refusal(report, contents, model))
+        raise CheckpointError(_reason_against(report, contents, model))
     if strict:  # else whoever asked is told of them
         ours |= {name: own[name] for name in report.new}
     return ours, report
@@ -158,7 +158,7 @@ def _placed(key: str, contents: Contents, model: SwinPyramid) -> str:
     return key.replace('norm.', f'norm{last}.') if key.startswith('norm.') and ends_alike else key
 
 
-def _refusal(report: Report, contents: Contents, model: SwinPyramid) -> str:
+def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> str:
     """What is wrong with a checkpoint, and what to do."""
     reasons = [f'{key} {shapes}' for key, shapes in report.wrong_shape.items()]
     reasons += [f'{key} is missing' for key in report.missing]

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from oracles import SMALL, randomise, relative_error
+from support.oracles import SMALL, randomise, relative_error
+from support.reference_models import CLASSES, Reference, reference
 from torch import Tensor
-from zoo import CLASSES, Reference, reference
 
 import swin_mm
 from swin_mm.checkpoints import CheckpointError, convert, parse, unwrap

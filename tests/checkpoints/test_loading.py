@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracles import SMALL, mmdet_twin, randomise
+from support.oracles import SMALL, mmdet_twin, randomise
+from support.reference_models import reference
 from torch import Tensor
-from zoo import reference
 
 import swin_mm
 from swin_mm.checkpoints import CheckpointError, adapt, parse, unwrap

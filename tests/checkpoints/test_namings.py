@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from oracles import SMALL, randomise, relative_error
 from safetensors.torch import load_file
+from support.oracles import SMALL, randomise, relative_error
+from support.reference_models import NoRandomStart, Reference, reference
 from torch import Tensor, nn
-from zoo import NoRandomStart, Reference, reference
 
 import swin_mm
 

@@ -5,12 +5,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import load_checkpoint
-from oracles import randomise, relative_error
+from support.oracles import randomise, relative_error
+from support.reference_models import NoRandomStart
 from torch import nn
-from zoo import NoRandomStart
 
 from swin_mm.checkpoints import convert, parse
-from swin_mm.cli import use_safe_reader
+from swin_mm.engine.runner import use_safe_reader
 
 PAIRS = [
     (

@@ -1,10 +1,11 @@
-import importlib.util
+import importlib
 import shutil
 
 import pytest
-from tiny import ROOT, last_checkpoint, run_tool
+from support.tool_fixtures import last_checkpoint, run_tool
 
 from swin_mm import cli
+from swin_mm.analysis import prediction
 
 
 @pytest.fixture(scope='session')
@@ -24,10 +25,7 @@ def work_dir(trained, tmp_path):
 
 def load(tool):
     """A tool as a module."""
-    spec = importlib.util.spec_from_file_location(f'tools_{tool}', ROOT / 'tools' / f'{tool}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(f'tools.{tool}')
 
 
 @pytest.fixture
@@ -45,9 +43,11 @@ def refuse(monkeypatch, tmp_path, capsys):
         monkeypatch.chdir(tmp_path)
         before = set(tmp_path.rglob('*'))
         monkeypatch.setattr('sys.argv', [tool, *map(str, arguments)])
-        monkeypatch.setattr(cli, 'use_safe_reader', lambda: None)  # a change to the whole process
-        # Nothing may be built: neither a model nor a folder.
-        monkeypatch.setattr(cli, 'build_runner', lambda _: pytest.fail('bad input was noticed too late'))
+        for part in (module, prediction):
+            if hasattr(part, 'use_safe_reader'):
+                monkeypatch.setattr(part, 'use_safe_reader', lambda: None)  # a change to the whole process
+        if hasattr(module, 'build_runner'):  # nothing may be built: neither a model nor a folder
+            monkeypatch.setattr(module, 'build_runner', lambda _: pytest.fail('bad input was noticed too late'))
         capsys.readouterr()
         assert cli.run(module.main, module.parse_args()) == 2
         printed = capsys.readouterr().err.strip().splitlines()

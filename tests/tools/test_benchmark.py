@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT
+from support.tool_fixtures import ROOT
 from torch import nn
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import CLASSES, ROOT, make_tiny
+from support.tool_fixtures import CLASSES, ROOT, make_tiny
 
 from swin_mm import cli
-from swin_mm.data_check import check
+from swin_mm.analysis.dataset_check import check
+from swin_mm.openmmlab.config import load_config
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def problems(own, tmp_path):
     def call(task, change=lambda text: text, parts=('train', 'val')):
         path = make_tiny(task, own, tmp_path).config
         path.write_text(change(path.read_text()))
-        return [f'{kind}: {what}' for part in check(cli.load_config(path), [*parts], 1) for kind, what in part.problems]
+        return [f'{kind}: {what}' for part in check(load_config(path), [*parts], 1) for kind, what in part.problems]
 
     return call
 
@@ -211,7 +212,7 @@ def test_values_mean_what_the_loader_makes_of_them(own, tmp_path):
     # Of ADE20K's classes two, the other way round: value 1 is wall, value 2 building.
     text = path.read_text().replace("type='BaseSegDataset'", "type='ADE20KDataset'")
     path.write_text(text.replace(str(CLASSES), "('building', 'wall')"))
-    part, _ = check(cli.load_config(path), ['train', 'val'], 1)
+    part, _ = check(load_config(path), ['train', 'val'], 1)
     values = [np.asarray(Image.open(file)) for file in (own / 'ade/annotations/training').iterdir()]
     assert part.problems == []
     assert part.amounts == {0: sum((v == 2).sum() for v in values), 1: sum((v == 1).sum() for v in values)}
@@ -281,7 +282,7 @@ def test_refuses_what_it_cannot_read(refuse, tiny, tmp_path, own):
     ],
 )
 def test_real_data_are_clean(config, data, amounts):
-    cfg = cli.load_config(ROOT / 'configs' / config)
+    cfg = load_config(ROOT / 'configs' / config)
     for part in ('train', 'val'):
         cfg[f'{part}_dataloader'].dataset.data_root = str(Path(os.environ['SWIN_MM_DATA'], data))
     if data == 'coco_sem_cc':  # it has fewer classes than ADE20K, from which its config comes

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import SMALL, randomise
 from safetensors.torch import load_file
+from support.oracles import SMALL, randomise
 
 import swin_mm
 from swin_mm.cli import run

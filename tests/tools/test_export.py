@@ -4,9 +4,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from oracles import mmdet_twin, randomise
 from safetensors.torch import load_file
-from tiny import ROOT, SMALL_BACKBONE, make_tiny
+from support.oracles import mmdet_twin, randomise
+from support.tool_fixtures import ROOT, SMALL_BACKBONE, make_tiny
 from torch import nn
 
 import swin_mm  # noqa: F401 (registers the backbones)

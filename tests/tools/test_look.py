@@ -8,9 +8,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
-from swin_mm.kernels import reference
-from swin_mm.swin import SwinPyramid, SwinPyramidV2
-from swin_mm.windows import padded
+from swin_mm.models.swin import SwinPyramid, SwinPyramidV2
+from swin_mm.ops.attention import reference
+from swin_mm.ops.windows import padded_size
 
 PYRAMIDS = [SwinPyramid, SwinPyramidV2]
 # Padded or not, a window larger than the map, an axis without shift.
@@ -29,7 +29,7 @@ def block_of(pyramid, window, **options):
 
 @pytest.mark.parametrize('size, window, shift', FITS)
 def test_numbers_are_equal_where_tokens_see_each_other(tool, size, window, shift):
-    whole = padded(size, window)
+    whole = padded_size(size, window)
     found = tool('look').visible(size, window, shift)
     assert found.shape == whole
     # Attention of equal scores, spread back onto the map: what each token gets of every other.
@@ -58,18 +58,18 @@ def test_parts_of_cut_windows(tool):
 @pytest.mark.parametrize('size, token', [((9, 10), (8, 9)), ((9, 10), (0, 5)), ((3, 5), (2, 1)), ((8, 8), (3, 3))])
 def test_attention_is_what_the_block_computes_with(tool, pyramid, pad_small_map, size, token):
     block, x = block_of(pyramid, 4, pad_small_map=pad_small_map), torch.randn(1, *size, 16)
-    window, shift = block.fit(size)
-    caught, kernel = [], block.attn.attend
+    window, shift = block.effective_window(size)
+    caught, kernel = [], block.attn.attention_fn
 
-    def attend(*args):
+    def attention_fn(*args):
         caught.append((args, kernel(*args)))
         return caught[0][1]
 
-    block.attn.attend = attend
+    block.attn.attention_fn = attention_fn
     found = torch.from_numpy(tool('look').attention_map(block, x, token))
-    assert block.attn.attend is attend, 'the kernel is put back'
+    assert block.attn.attention_fn is attention_fn, 'the kernel is put back'
     (qkv, pad, *_), out = caught[0]
-    whole = padded(size, window)
+    whole = padded_size(size, window)
     assert found.shape == (2, *whole)
     torch.testing.assert_close(found.nansum((1, 2)), torch.ones(2))
     groups = tool('look').visible(size, window, shift)

@@ -6,9 +6,9 @@ from mmengine.config import Config
 from rich.console import Console
 from torch import nn
 
-from swin_mm.kernels import reference
-from swin_mm.swin import SwinPyramid, SwinPyramidV2
-from swin_mm.windows import to_windows
+from swin_mm.models.swin import SwinPyramid, SwinPyramidV2
+from swin_mm.ops.attention import reference
+from swin_mm.ops.windows import window_partition
 
 WIDTH, HEIGHT = 90, 62  # 16 × 23 tokens, of which 21 × 28 in windows
 
@@ -68,7 +68,7 @@ class Whole(nn.Module):
 @pytest.mark.parametrize('pyramid', [SwinPyramid, SwinPyramidV2])
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_bytes_kept_are_those_of_a_real_training_step(tool, monkeypatch, pyramid, with_cp):
-    monkeypatch.setattr('swin_mm.dense._onednn_serves', lambda *_: False)  # it keeps less, and serves on the CPU alone
+    monkeypatch.setattr('swin_mm.models.dense._onednn_serves', lambda *_: False)  # it keeps less
     options = dict(embed_dims=16, depths=(2, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(0, 1), with_cp=with_cp)
     model = Whole(pyramid(**options, drop_path_rate=0.2, attention='reference'))
     weights, kept = {p.data_ptr() for p in model.parameters()}, {}
@@ -103,14 +103,14 @@ def test_stages_are_what_attention_gets(tool, config):
     backbone = tool('model_info').build(config, 'cpu').backbone
     found = []
 
-    def attend(qkv, pad, bias, window, shift, scale, dropout=0.0):
+    def attention_fn(qkv, pad, bias, window, shift, scale, dropout=0.0):
         size = tuple(qkv.shape[1:3])
-        windows = to_windows(qkv, window, shift, pad).shape[0]
+        windows = window_partition(qkv, window, shift, pad).shape[0]
         found.append([size, window, windows, bias.shape[0]])
         return reference.attention(qkv, pad, bias, window, shift, scale, dropout)
 
     for stage in backbone.layers:
-        stage.blocks[-1].attn.attend = attend
+        stage.blocks[-1].attn.attention_fn = attention_fn
     backbone(torch.rand(1, 3, HEIGHT, WIDTH))
     meta = tool('model_info').build(config).backbone
     rows = printed(tool('model_info').table_of_stages(meta, WIDTH, HEIGHT))

@@ -12,7 +12,9 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from swin_mm import cli
-from swin_mm.predict import Predictor, View, _with_legend
+from swin_mm.analysis import prediction
+from swin_mm.analysis.prediction import Predictor, View, _with_legend
+from swin_mm.utils.files import atomic_write
 
 NAMES = ('circle', 'cross')  # the checkpoint's; the config has others
 
@@ -72,7 +74,7 @@ def images(data, tmp_path):
 @pytest.fixture
 def predict(config, checkpoint, tool, monkeypatch, tmp_path):
     """Run the tool in this process; the folder it filled."""
-    monkeypatch.setattr(cli, 'use_safe_reader', lambda: None)  # a change to the whole process
+    monkeypatch.setattr(prediction, 'use_safe_reader', lambda: None)  # a change to the whole process
 
     def call(*arguments, out='out'):
         module = tool('predict')
@@ -175,7 +177,7 @@ def test_bfloat16(tiny, predict, images):
 
 
 def test_autocast_reaches_the_backbone_and_spares_boxes(tiny, checkpoint, images, monkeypatch):
-    monkeypatch.setattr(cli, 'use_safe_reader', lambda: None)
+    monkeypatch.setattr(prediction, 'use_safe_reader', lambda: None)
     predictor = Predictor(Config.fromfile(tiny.config), str(checkpoint), 'cpu', 'bf16', score_thr=0)
     dtypes = []
     predictor.inferencer.model.backbone.register_forward_hook(
@@ -262,7 +264,7 @@ def test_panoptic_segments(tmp_path):
 
 def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
     (tmp_path / 'a.txt').write_text('old')
-    with pytest.raises(ZeroDivisionError), cli.replacing(tmp_path / 'a.txt') as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / 'a.txt') as file:
         file.write_text('half')
         raise ZeroDivisionError
     assert [path.read_text() for path in tmp_path.iterdir()] == ['old']

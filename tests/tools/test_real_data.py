@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import run_tool
+from support.tool_fixtures import run_tool
 
 ROOT = Path(__file__).parents[2]
 DETECTION = ROOT / 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'

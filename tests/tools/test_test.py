@@ -8,9 +8,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
-from tiny import Bomb, last_checkpoint, run_tool
+from support.tool_fixtures import Bomb, last_checkpoint, run_tool
 
-from swin_mm import cli
+from swin_mm.engine.tta import apply_tta
+from swin_mm.utils.errors import InputError
 
 
 def metrics(work_dir):
@@ -65,7 +66,7 @@ def test_augmented_views(tiny, tool):
     cfg = Config.fromfile(tiny.config)
     cfg.pop('tta_pipeline', None)
     plain = build(cfg)[0]
-    tool('test').augment(cfg)
+    apply_tta(cfg)
     views = build(cfg)[0]
     assert [view.flip for view in views['data_samples']] == [False, True]
     assert torch.equal(views['inputs'][0], plain['inputs'])
@@ -109,5 +110,5 @@ def test_refuses_a_checkpoint_that_is_damaged_or_runs_code(tiny, refuse, trained
 
 def test_augmentation_of_masks_alone_is_refused(tool):
     cfg = Config({'default_scope': 'mmdet', 'model': {'type': 'Mask2Former', 'panoptic_head': {}}})
-    with pytest.raises(cli.InputError, match='merges boxes alone, and Mask2Former predicts masks'):
-        tool('test').augment(cfg)
+    with pytest.raises(InputError, match='merges boxes alone, and Mask2Former predicts masks'):
+        apply_tta(cfg)

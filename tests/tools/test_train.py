@@ -9,9 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from tiny import Bomb, command, last_checkpoint, run_tool
+from support.tool_fixtures import Bomb, command, last_checkpoint, run_tool
 
-from swin_mm import cli
 from swin_mm.checkpoints import read_checkpoint
 
 STEP = re.compile(r'(?:Epoch|Iter)\(train\) *(\[.*\]) ')
@@ -145,11 +144,11 @@ def test_batch_size_for_the_learning_rate(refuse, tiny):
 def test_the_learning_rate_goes_with_all_that_makes_a_step(tool, tiny, monkeypatch):
     """Also that --vis adds to the writers that are there."""
     train, built = tool('train'), []
-    monkeypatch.setattr(cli, 'use_safe_reader', lambda: None)
-    monkeypatch.setattr(cli, 'check_pretrained', lambda cfg: None)
-    monkeypatch.setattr(train.interrupt, 'install', lambda: None)
-    monkeypatch.setattr(train.interrupt, 'InterruptHook', lambda: SimpleNamespace(train=built.append))
-    monkeypatch.setattr(cli, 'build_runner', lambda cfg: cfg)
+    monkeypatch.setattr(train, 'use_safe_reader', lambda: None)
+    monkeypatch.setattr(train, 'require_pretrained', lambda cfg: None)
+    monkeypatch.setattr(train.preemption, 'install', lambda: None)
+    monkeypatch.setattr(train.preemption, 'InterruptHook', lambda: SimpleNamespace(train=built.append))
+    monkeypatch.setattr(train, 'build_runner', lambda cfg: cfg)
     for package in 'tensorboard', 'wandb':
         module = ModuleType(package)
         module.__spec__ = ModuleSpec(package, None)

@@ -1,0 +1,1 @@
+"""Training and testing on mmengine's Runner: set-up, preemption, FSDP, test-time augmentation."""

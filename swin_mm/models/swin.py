@@ -1,0 +1,475 @@
+"""Swin Transformer V1 and V2 in plain PyTorch, from leaves to pyramid.
+
+B batch, (H, W) map, (Hw, Ww) window, nW windows per map, N = Hw * Ww tokens per window, C channels.
+Maps are (B, H, W, C) inside; NCHW appears only at the image and at the pyramid's output.
+Papers: V1 arXiv 2103.14030, V2 arXiv 2111.09883.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swin_mm.models.dense import Linear, Mlp
+from swin_mm.models.derived import evaluating, forget
+from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2
+from swin_mm.ops.windows import Size, padded_size, tracing
+
+BAND = 8192  # tokens of a map that a block takes at a time on a CPU: what lies between fits the cache
+
+ARCHS: dict[str, dict[str, Any]] = {
+    't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
+    's': {'embed_dims': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
+    'b': {'embed_dims': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
+    'l': {'embed_dims': 192, 'depths': (2, 2, 18, 2), 'num_heads': (6, 12, 24, 48)},
+}
+
+Norm = Callable[[int], nn.Module]  # channels -> a norm over the last axis
+Act = Callable[[], nn.Module]
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop the whole branch of a sample with probability ``rate``."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zero each sample of (B, ...) or scale it up so that its expectation stays."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """Shown in the printed model."""
+        return f'rate={self.rate:.3f}'
+
+
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each: (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
+
+    def __init__(self, in_channels: int, dim: int, patch: Size, norm: Norm) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels, dim, patch, patch)
+        self.norm = norm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed an image of any size, zero-padded at the bottom and right to whole patches."""
+        H, W = image.shape[2:]
+        Hp, Wp = padded_size((H, W), self.patch)
+        if tracing() or (Hp, Wp) != (H, W):
+            image = F.pad(image, (0, Wp - W, 0, Hp - H))
+        return self.norm(self.proj(image).permute(0, 2, 3, 1))
+
+
+class PatchMerging(nn.Module):
+    """Join each 2x2 neighbourhood: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), 2C)."""
+
+    def __init__(self, dim: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.stride = stride
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = norm(self.norm_dim(dim))
+
+    @staticmethod
+    def norm_dim(dim: int) -> int:
+        """Channels where the norm stands."""
+        return 4 * dim
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The four neighbours as channels, column by column: (B, H, W, C) -> (B, H / stride, W / stride, 4C)."""
+        H, W = x.shape[1:3]
+        s = self.stride
+        rows, columns = (H + s - 1) // s, (W + s - 1) // s
+        # The neighbourhoods, whole, and what lies between the last and the next.
+        bottom, right = (rows - 1) * s + max(s, 2) - H, (columns - 1) * s + max(s, 2) - W
+        if tracing() or bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # of the neighbourhoods' first corners
+        return torch.cat([x[:, i : i + ends[0] : s, j : j + ends[1] : s] for j in (0, 1) for i in (0, 1)], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map (stride 2), double the channels."""
+        return self.reduction(self.norm(self.gather(x)))
+
+
+class PatchMergingV2(PatchMerging):
+    """V2 norms after the reduction."""
+
+    @staticmethod
+    def norm_dim(dim: int) -> int:
+        """Channels where the norm stands."""
+        return 2 * dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve the map (stride 2), double the channels."""
+        return self.norm(self.reduction(self.gather(x)))
+
+
+class SwinBlock(nn.Module):
+    """Window attention and MLP, each on a residual branch (V1, figure 3b).
+
+    Args:
+        attn: attention inside windows of ``attn.window``.
+        shift: how far the windows are shifted.
+        pad_small_map: keep window and shift on a map no larger than the window, and pad it (detection); else an axis
+            of the map no longer than the window's gets a window of its length and no shift (classifiers).
+        dim: C.
+        mlp: takes and gives (..., C).
+        norm: makes a norm for C channels.
+        drop_path: probability of dropping a branch.
+    """
+
+    def __init__(
+        self, attn: WindowAttention, shift: Size, pad_small_map: bool, dim: int, mlp: Mlp, norm: Norm, drop_path: float
+    ) -> None:
+        super().__init__()
+        self.shift = shift
+        self.pad_small_map = pad_small_map
+        self.norm1 = norm(dim)
+        self.attn = attn
+        self.norm2 = norm(dim)
+        self.mlp = mlp
+        self.drop_path = DropPath(drop_path)
+
+    def effective_window(self, size: Size) -> tuple[Size, Size]:
+        """Window and shift for a map of this size."""
+        window, shift = self.attn.window, self.shift
+        if self.pad_small_map:
+            return window, shift
+        return (
+            (min(window[0], size[0]), min(window[1], size[1])),
+            (shift[0] if size[0] > window[0] else 0, shift[1] if size[1] > window[1] else 0),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        window, shift = self.effective_window((x.shape[1], x.shape[2]))
+        if x.is_cpu and evaluating(self):
+            return self.by_bands(x, window, shift)
+        return self.whole(x, window, shift)
+
+    def whole(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """The block on a map, (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), window, shift))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+    def by_bands(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """The same, some rows of windows after the others, so that all between input and output stays in the cache."""
+        out = torch.empty_like(x)
+        images = max(BAND // (x.shape[1] * x.shape[2]), 1)
+        for part, result in zip(x.split(images), out.split(images), strict=True):
+            for rows, row_shift in bands(x.shape[1], window[0], shift[0], max(BAND // (window[0] * x.shape[2]), 1)):
+                band = torch.cat([part[:, r] for r in rows], 1) if len(rows) > 1 else part[:, rows[0]]
+                band = self.whole(band, window, (row_shift, shift[1]))
+                for r, done in zip(rows, band.split([r.stop - r.start for r in rows], 1), strict=True):
+                    result[:, r] = done
+        return out
+
+
+class SwinBlockV2(SwinBlock):
+    """V2 norms each branch's result instead of its input (V2, section 3.2)."""
+
+    def whole(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """The block on a map, (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.norm1(self.attn(x, window, shift)))
+        return x + self.drop_path(self.norm2(self.mlp(x)))
+
+
+def bands(height: int, window: int, shift: int, count: int) -> Iterator[tuple[list[slice], int]]:
+    """Rows of a map that a block can be run on by themselves, and the shift of their windows.
+
+    Args:
+        height: H.
+        window: Hw.
+        shift: how many rows the windows are shifted by.
+        count: rows of windows per band.
+
+    Yields:
+        The rows, as one slice, or as two where shifted windows join the map's top and bottom.
+    """
+    if height <= count * window:
+        yield [slice(0, height)], shift
+        return
+    whole = shift + (height - shift) // window * window  # where the rows of whole windows end
+    for start in range(shift, whole, count * window):
+        yield [slice(start, min(start + count * window, whole))], 0
+    if shift:
+        yield [slice(0, shift), slice(whole, height)], shift
+    elif whole < height:
+        yield [slice(whole, height)], 0
+
+
+class SwinStage(nn.Module):
+    """Blocks on one map, every second one with shifted windows, and the merging that leads to the next stage."""
+
+    def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None, with_cp: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the blocks, (B, H, W, C) -> (B, H, W, C); the pyramid calls ``downsample`` itself."""
+        for block in self.blocks:
+            if self.with_cp and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return x
+
+
+class SwinPyramid(nn.Module):
+    """Swin Transformer V1 as a feature pyramid; the parameters carry the official repository's names.
+
+    Stages behind the last output are not built, nor is the merging that would lead to them: every parameter takes
+    part in the output.
+
+    Args:
+        in_channels: channels of the image.
+        embed_dims: C of the first stage; it doubles from stage to stage.
+        patch_size: side of a patch; equals ``strides[0]``.
+        window_size: side of the windows, or (height, width), or one of these per stage. Two plain integers are always
+            a height and a width.
+        mlp_ratio: hidden channels of the MLP over C.
+        depths: blocks per stage.
+        num_heads: attention heads per stage.
+        strides: of the patch embedding and of the merging before each further stage.
+        out_indices: stages to return, ascending.
+        qkv_bias: learn a bias for q, k and v.
+        qk_scale: factor on the product of q and k; None for head size ** -0.5.
+        patch_norm: norm after the patch embedding and in the mergings.
+        drop_rate: dropout after the embedding, of attention outputs and in the MLPs.
+        attn_drop_rate: dropout of attention weights.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
+        use_abs_pos_embed: add a learned absolute position embedding, resized (bicubic) to the map.
+        pretrain_img_size: image side, or (height, width), that the absolute embedding is made for.
+        act: makes the MLP's activation.
+        norm: makes a norm over the last axis for a number of channels.
+        with_cp: recompute in the backward pass instead of keeping intermediate tensors: True for those of every block,
+            one truth value per stage for those of its blocks, 'mlp' for the hidden channels of every MLP.
+        pad_small_map: see :class:`SwinBlock`.
+        attention: name of the attention kernel, see :mod:`swin_mm.ops.attention`.
+
+    Raises:
+        ValueError: arguments that do not fit together; the message says which and why.
+    """
+
+    attention_type: ClassVar[type[WindowAttention]] = WindowAttention
+    block_type: ClassVar[type[SwinBlock]] = SwinBlock
+    merging_type: ClassVar[type[PatchMerging]] = PatchMerging
+
+    def __init__(
+        self,
+        *,
+        in_channels: int = 3,
+        embed_dims: int = 96,
+        patch_size: int | Size = 4,
+        window_size: int | Size | Sequence[int | Size] = 7,
+        mlp_ratio: float = 4,
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        strides: Sequence[int] = (4, 2, 2, 2),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        use_abs_pos_embed: bool = False,
+        pretrain_img_size: int | Size = 224,
+        act: Act = nn.GELU,
+        norm: Norm = nn.LayerNorm,
+        with_cp: bool | Literal['mlp'] | Sequence[bool] = False,
+        pad_small_map: bool = True,
+        attention: str = 'auto',
+    ) -> None:
+        super().__init__()
+        stages = len(depths)
+        windows = _windows_per_stage(window_size, stages)
+        patch = _pair(patch_size, 'patch_size')
+        self.num_features = [embed_dims * 2**i for i in range(stages)]
+        self.out_indices = tuple(out_indices)
+        self._check(depths, num_heads, strides, patch, windows)
+
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch, norm if patch_norm else nn.Identity)
+        self.absolute_pos_embed = None
+        if use_abs_pos_embed:
+            grid = [side // p for side, p in zip(_pair(pretrain_img_size, 'pretrain_img_size'), patch, strict=True)]
+            self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dims, *grid))
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        checkpointed = [with_cp is True] * stages if isinstance(with_cp, bool | str) else list(with_cp)
+        if (isinstance(with_cp, str) and with_cp != 'mlp') or len(checkpointed) != stages:
+            raise ValueError(f"with_cp={with_cp!r}: expected a truth value, one for each of {stages} stages, or 'mlp'")
+        drop_path = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
+        last = max(self.out_indices)
+        self.layers = nn.ModuleList()
+        for i in range(last + 1):
+            dim, window = self.num_features[i], windows[i]
+            blocks = [
+                self.block_type(
+                    attn=self.attention_type(
+                        dim,
+                        window,
+                        num_heads[i],
+                        qkv_bias=qkv_bias,
+                        qk_scale=qk_scale,
+                        attn_drop=attn_drop_rate,
+                        proj_drop=drop_rate,
+                        kernel=attention,
+                        **self._attention_options(i),
+                    ),
+                    shift=(window[0] // 2, window[1] // 2) if j % 2 else (0, 0),
+                    pad_small_map=pad_small_map,
+                    dim=dim,
+                    mlp=Mlp(dim, int(mlp_ratio * dim), act, drop_rate, with_cp == 'mlp'),
+                    norm=norm,
+                    drop_path=next(drop_path),
+                )
+                for j in range(depths[i])
+            ]
+            merge = self.merging_type(dim, strides[i + 1], norm if patch_norm else nn.Identity) if i < last else None
+            self.layers.append(SwinStage(blocks, merge, checkpointed[i]))
+        for i in self.out_indices:
+            self.add_module(f'norm{i}', norm(self.num_features[i]))
+        self.apply(_init_linear)
+
+    def _attention_options(self, stage: int) -> dict[str, Any]:
+        """Arguments of the attention that only a subclass knows."""
+        return {}
+
+    def _check(
+        self, depths: Sequence[int], num_heads: Sequence[int], strides: Sequence[int], patch: Size, windows: list[Size]
+    ) -> None:
+        stages = len(depths)
+        if len(num_heads) < stages or len(strides) < stages:
+            raise ValueError(
+                f'depths={tuple(depths)} asks for {stages} stages, but there are {len(num_heads)} num_heads and '
+                f'{len(strides)} strides; give one of each per stage'
+            )
+        if patch != (strides[0], strides[0]):
+            raise ValueError(f'patch_size {patch} and strides[0]={strides[0]} differ; patches must not overlap')
+        if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices) & set(range(stages))):
+            raise ValueError(f'out_indices={self.out_indices} must be ascending stages out of 0..{stages - 1}')
+        for i, (dim, heads, window) in enumerate(zip(self.num_features, num_heads, windows, strict=False)):
+            if dim % heads:
+                raise ValueError(f'stage {i} has {dim} channels, which {heads} heads cannot share equally')
+            if min(window) < 1:
+                raise ValueError(f'stage {i} has window {window}; a window is at least 1 by 1')
+
+    def train(self, mode: bool = True):
+        """Switch between training and evaluation. Returns self."""
+        forget(self.parameters())
+        return super().train(mode)
+
+    def embed(self, image: Tensor) -> Tensor:
+        """The map that the first stage takes, (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
+        x = self.patch_embed(image)
+        if self.absolute_pos_embed is not None:
+            position = self.absolute_pos_embed
+            if position.shape[2:] != x.shape[1:3]:
+                position = F.interpolate(position, size=x.shape[1:3], mode='bicubic')
+            x = x + position.permute(0, 2, 3, 1)
+        return self.pos_drop(x)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps of an image.
+
+        Args:
+            image: (B, in_channels, H, W), any H and W from 1 up.
+
+        Returns:
+            For each stage i in ``out_indices`` its normed map (B, embed_dims * 2**i, H / s, W / s), s the product of
+            the strides so far (4, 8, 16, 32), sizes rounded up at each stage.
+        """
+        x = self.embed(image)
+        maps = []
+        for i, stage in enumerate(self.layers):
+            x = stage(x)
+            if i in self.out_indices:
+                maps.append(
+                    getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+                )
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(maps)
+
+
+class SwinPyramidV2(SwinPyramid):
+    """Swin Transformer V2 as a feature pyramid.
+
+    Args:
+        window_size: as in V1.
+        pretrained_window_sizes: per stage, the window the weights were pre-trained with where it differs from the one
+            in use, else 0; as in :class:`WindowAttentionV2`.
+        **options: the rest of :class:`SwinPyramid`'s arguments; ``qk_scale`` is learned in V2 and must be None.
+    """
+
+    attention_type = WindowAttentionV2
+    block_type = SwinBlockV2
+    merging_type = PatchMergingV2
+
+    def __init__(
+        self,
+        *,
+        window_size: int | Size | Sequence[int | Size] = 8,
+        pretrained_window_sizes: Sequence[int | Size] = (0, 0, 0, 0),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        qk_scale: float | None = None,
+        **options,
+    ) -> None:
+        if qk_scale is not None:
+            raise ValueError(f'qk_scale={qk_scale}: V2 learns the scale of its scores; leave qk_scale out')
+        if len(pretrained_window_sizes) < len(depths) and not any(pretrained_window_sizes):
+            pretrained_window_sizes = (0,) * len(depths)
+        if len(pretrained_window_sizes) < len(depths):
+            raise ValueError(
+                f'pretrained_window_sizes={pretrained_window_sizes}: expected one for each of {len(depths)} stages'
+            )
+        self._pretrained_windows = [_pair(w, 'pretrained_window_sizes') for w in pretrained_window_sizes]
+        super().__init__(window_size=window_size, depths=depths, **options)
+        # With the norm at the end of each branch, zero lets training start from the identity, as in the official code.
+        for module in self.modules():
+            if isinstance(module, SwinBlock):
+                for norm in (module.norm1, module.norm2):
+                    nn.init.zeros_(norm.weight)
+
+    def _attention_options(self, stage: int) -> dict[str, Any]:
+        return {'pretrained_window': self._pretrained_windows[stage]}
+
+
+def _pair(value: int | Sequence[int], name: str) -> Size:
+    """An integer, alone or in a sequence, or a pair of integers as a pair."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    if len(values) in (1, 2) and all(isinstance(v, int) for v in values):
+        return values[0], values[-1]
+    raise ValueError(f'{name}: expected an integer or (height, width), got {value!r}')
+
+
+def _windows_per_stage(window_size: int | Sequence, stages: int) -> list[Size]:
+    """One (height, width) per stage."""
+    if isinstance(window_size, int) or (len(window_size) == 2 and all(isinstance(w, int) for w in window_size)):
+        window_size = [window_size] * stages
+    if len(window_size) != stages:
+        raise ValueError(
+            f'window_size={window_size!r}: expected an integer, (height, width), or one of these for each of '
+            f'{stages} stages'
+        )
+    return [_pair(w, 'window_size') for w in window_size]
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Start linear layers as the official code does; norms and convolutions keep PyTorch's start."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,253 @@
+"""The backbones that configs name: Swin with OpenMMLab's arguments, freezing and initialisation."""
+
+import contextlib
+import copy
+import inspect
+import logging
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.fileio import get_local_path
+from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from swin_mm.checkpoints import CheckpointError, Report, adapt, read_checkpoint, unwrap
+from swin_mm.checkpoints.files import FETCHERS
+from swin_mm.checkpoints.pickles import ALLOWED
+from swin_mm.models.derived import evaluating
+from swin_mm.models.graphs import GraphedForward
+from swin_mm.models.swin import ARCHS, SwinPyramid, SwinPyramidV2
+from swin_mm.openmmlab.registry import MODELS
+
+
+def _history_method(owner: type, name: str) -> Callable:
+    """What mmengine's training checkpoints use ``getattr`` for, and no more."""
+    if owner is not HistoryBuffer or name.startswith('_'):
+        raise pickle.UnpicklingError(f'GLOBAL getattr of {name}')
+    return getattr(owner, name)
+
+
+@contextlib.contextmanager
+def _from_backend(address: str) -> Iterator[Path]:
+    with get_local_path(address) as path:
+        yield Path(path)
+
+
+ALLOWED += [
+    (HistoryBuffer, f'{HistoryBuffer.__module__}.HistoryBuffer'),
+    (_history_method, 'builtins.getattr'),
+]
+FETCHERS['*'] = _from_backend
+
+
+class _Backbone:
+    """What mmengine wants of a backbone, on top of a pyramid."""
+
+    def __init__(
+        self,
+        arch: str = 't',
+        *,
+        embed_dims: int | None = None,
+        depths: Sequence[int] | None = None,
+        num_heads: Sequence[int] | None = None,
+        act_cfg: dict = {'type': 'GELU'},  # noqa: B006 (the customary way to show a config's default)
+        norm_cfg: dict = {'type': 'LN'},  # noqa: B006
+        frozen_stages: int = -1,
+        pretrained: str | None = None,
+        convert_weights: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        strict: bool = True,
+        compile: bool | dict = False,
+        cuda_graphs: int = 0,
+        **options: Any,
+    ) -> None:
+        if arch not in ARCHS:
+            raise ValueError(f'arch={arch!r} is not known; choose from: {", ".join(ARCHS)}')
+        if pretrained and init_cfg:
+            raise ValueError('pretrained and init_cfg both say how to start; give only init_cfg')
+        given = {'embed_dims': embed_dims, 'depths': depths, 'num_heads': num_heads}
+        sizes = ARCHS[arch] | {name: value for name, value in given.items() if value is not None}
+        super().__init__(**sizes, act=_act(act_cfg), norm=_norm(norm_cfg), **options)
+        if not -1 <= frozen_stages <= len(sizes['depths']):
+            raise ValueError(f'frozen_stages={frozen_stages} must be -1 (none) to {len(sizes["depths"])} (all)')
+        self.frozen_stages = frozen_stages
+        self.strict = strict
+        if compile and cuda_graphs:
+            raise ValueError(
+                "compile has CUDA graphs of its own, compile=dict(mode='reduce-overhead'); leave cuda_graphs out"
+            )
+        self.cuda_graphs = cuda_graphs
+        if compile:
+            self.compile(**(compile if isinstance(compile, dict) else {}))
+        self.load_report: Report | None = None
+        self.init_cfg = {'type': 'Pretrained', 'checkpoint': pretrained} if pretrained else copy.deepcopy(init_cfg)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed, self.pos_drop]
+        if self.absolute_pos_embed is not None:
+            self.absolute_pos_embed.requires_grad_(False)
+        for i, stage in enumerate(self.layers[: self.frozen_stages]):
+            frozen += [stage, getattr(self, f'norm{i}')] if i in self.out_indices else [stage]
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Switch to training; frozen stages stay in evaluation. Returns self."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps of an image, see :class:`swin_mm.models.swin.SwinPyramid`."""
+        if self.cuda_graphs and image.is_cuda and len(image) == 1 and evaluating(self):
+            if '_graphed' not in self.__dict__:
+                self.__dict__['_graphed'] = GraphedForward(self, super().forward, self.cuda_graphs)
+            return self.__dict__['_graphed'](image)
+        return super().forward(image)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold: no recorded graphs, which belong to this one's memory."""
+        return {name: value for name, value in super().__getstate__().items() if name != '_graphed'}
+
+    def init_weights(self) -> None:
+        """Load what ``init_cfg`` names, or keep the random start and say so.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read, or does not give every parameter of the backbone (the
+                output norms excepted, which classifiers lack).
+        """
+        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg] if self.init_cfg else []
+        pretrained = [
+            c for c in configs if getattr(c['type'], '__name__', c['type']) in ('Pretrained', 'PretrainedInit')
+        ]
+        if len(pretrained) < len(configs):
+            whole, self.init_cfg = self.init_cfg, [c for c in configs if c not in pretrained]
+            super().init_weights()
+            self.init_cfg = whole
+        for config in pretrained:
+            self._load_pretrained(config)
+        if not configs:
+            print_log(f'{type(self).__name__} starts from random weights: no init_cfg', logger='current')
+        self.is_init = True
+
+    def _load_pretrained(self, config: dict) -> None:
+        path = config['checkpoint']
+        checkpoint = read_checkpoint(path, config.get('map_location', 'cpu'))
+        try:
+            state = unwrap(checkpoint, config.get('prefix', ''))
+            self.load_state_dict(state, strict=self.strict)
+        except RuntimeError as error:
+            raise CheckpointError(f'checkpoint {path}: {error}') from error
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Convert the keys under ``prefix`` to ours first, so that every way of loading takes every naming."""
+        theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        strict = self.strict and _strict_asked()
+        if not theirs:
+            if strict and prefix:
+                raise CheckpointError(
+                    f'no key of the checkpoint begins with {prefix!r}, so the backbone would keep its random weights; '
+                    'name weights of a backbone alone in its init_cfg instead of loading them into the whole model, '
+                    'and take off what else the keys begin with'
+                )
+            return super()._load_from_state_dict(state_dict, prefix, *rest)
+        ours, self.load_report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self, strict)
+        for key in theirs:
+            del state_dict[key]
+        state_dict.update({prefix + key: value for key, value in ours.items()})
+        level = logging.INFO if self.load_report.complete and not self.load_report.notes else logging.WARNING
+        print_log(str(self.load_report), logger='current', level=level)
+        return super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _strict_asked() -> bool:
+    """Whether whoever loads a state dict wants all of it.
+
+    torch does not hand its ``strict`` down to the modules, so it is read off the running ``load_state_dict``. mmengine
+    has a loader of its own, whose default is to let anything pass: it is taken to be strict.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
+        frame = frame.f_back
+    return frame is None or frame.f_locals['strict']
+
+
+@MODELS.register_module()
+class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
+    """Swin Transformer V1 (arXiv 2103.14030) for dense prediction.
+
+    Takes all arguments of mmdet's and mmseg's ``SwinTransformer``, with their meaning and defaults, and the ones
+    marked *new*. Weights of every known naming load without a flag, through ``init_cfg``, ``load_state_dict`` or a
+    whole detector's checkpoint. In ``state_dict`` the parameters carry the official repository's names.
+
+    Args:
+        arch: *new* 't', 's', 'b' or 'l'; ``embed_dims``, ``depths`` and ``num_heads`` override it.
+        embed_dims: channels of the first stage.
+        depths: blocks per stage; any number of stages.
+        num_heads: attention heads per stage.
+        act_cfg: activation of the MLPs.
+        norm_cfg: every norm.
+        frozen_stages: -1 for none; k >= 0 freezes the patch embedding and stages 0 to k - 1 with their output norms,
+            from construction on.
+        pretrained: older way to write ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
+        convert_weights: accepted and not needed: namings are recognised.
+        init_cfg: how to start; ``dict(type='Pretrained', checkpoint=...)``, a source as
+            :func:`swin_mm.checkpoints.read_checkpoint` takes it, optionally with ``prefix``.
+        strict: *new* a checkpoint, however it is loaded, must give the whole backbone, output norms excepted, which
+            classifiers lack; False loads what fits. ``load_report`` tells what happened.
+        compile: *new* compile the backbone: True, or the options of ``torch.compile``.
+        cuda_graphs: *new* in evaluation of single images on a GPU, for how many sizes of image a CUDA graph is kept.
+        **options: the arguments of :class:`swin_mm.models.swin.SwinPyramid`, among them *new*: ``pad_small_map``,
+            ``attention``, ``window_size`` per stage or as (height, width), and ``with_cp`` per stage or as 'mlp'.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+
+    Example:
+        >>> maps = SwinTransformer(arch='t')(torch.rand(1, 3, 224, 224))
+        >>> [tuple(m.shape) for m in maps]
+        [(1, 96, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14), (1, 768, 7, 7)]
+    """
+
+
+@MODELS.register_module()
+class SwinTransformerV2(_Backbone, SwinPyramidV2, BaseModule):
+    """Swin Transformer V2 (arXiv 2111.09883) for dense prediction.
+
+    Args:
+        **options: those of :class:`SwinTransformer`, with ``window_size`` 8 by default, and
+            ``pretrained_window_sizes`` per stage: the windows that the weights were pre-trained with where they
+            differ from the ones in use, for example (12, 12, 12, 6).
+    """
+
+
+def _norm(config: dict) -> Callable[[int], nn.Module]:
+    """What makes the norm layers of a ``norm_cfg``."""
+    options = dict(config)
+    kind, trained = options.pop('type'), options.pop('requires_grad', True)
+    if kind == 'LN':
+        kind = nn.LayerNorm
+    elif not inspect.isclass(kind):
+        from mmcv.cnn import build_norm_layer
+
+        return lambda channels: build_norm_layer(config, channels)[1]
+    return lambda channels: kind(channels, **options).requires_grad_(trained)
+
+
+def _act(config: dict) -> Callable[[], nn.Module]:
+    """What makes the activation layers of an ``act_cfg``."""
+    options = dict(config)
+    kind = options.pop('type')
+    if kind == 'GELU':
+        kind = nn.GELU
+    elif not inspect.isclass(kind):
+        from mmcv.cnn import build_activation_layer
+
+        return lambda: build_activation_layer(config)
+    return lambda: kind(**options)

@@ -1,0 +1,1 @@
+"""Window layout and attention kernels, in plain PyTorch."""

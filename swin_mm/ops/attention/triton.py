@@ -1,0 +1,536 @@
+"""Window attention as Triton kernels that read and write the map itself: no padded, shifted or cut copy of anything.
+
+B batch, (H, W) map, (Hw, Ww) window, nW windows per padded map, N = Hw * Ww, C channels, h heads, d head size.
+
+What moves through memory, in units of X = B * H * W * C elements: forward reads qkv (3) and writes the output (1);
+backward reads qkv and the output's gradient and writes the gradient of qkv (7), and where a window needs several tiles
+reads the former once for each of three kernels and the output once (16). Eager code moves about 30 forward, 15 of them
+copies for the layout and 11 scores. Beside X there are the log-sum-exp (4 bytes for each head and token), the bias,
+which stays in the L2 cache, and partial sums for its gradient.
+
+A program serves one head, one block of the tokens of a window, and every so-many-th window, so that what belongs to the
+head (the bias and the sum of its gradient) stays in registers. Sums over programs are left in a buffer and added up
+afterwards: nothing is added atomically, and runs repeat bit for bit.
+"""
+
+from __future__ import annotations  # triton's types need not be there
+
+import math
+
+import torch
+from torch import Tensor
+
+from swin_mm.ops.windows import MASKED, Size
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on every platform: see `unsupported_reason`
+    triton = None
+
+PROGRAMS = 2048  # fill large GPUs a few times; more would only make the buffers of partial sums larger
+TILE = 64  # the most tokens on a side of a tile of scores: what registers hold
+HEAD_SIZES = (16, 32, 64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+if triton is not None:
+    # The hardware's exponential has base 2, and so have scores and log-sum-exp here.
+    _LOG2_E = tl.constexpr(math.log2(math.e))
+    _MASKED = tl.constexpr(MASKED * math.log2(math.e))
+
+
+def _jit(function):
+    """Make a kernel, or a part of one, that is compiled once for all maps and batches."""
+    if triton is None:
+        return function
+    varying = ('windows', 'H', 'W', 'down', 'across', 'shift_y', 'shift_x', 'heads', 'splits')
+    return triton.jit(function, do_not_specialize=[n for n in varying if n in function.__code__.co_varnames])
+
+
+# SHAPE is (Hw, Ww, pitch). A tile has a slot for each token of a window, `pitch` from one row to the next.
+
+
+@_jit
+def _token(slots, SHAPE: tl.constexpr):
+    """Token of the window in each slot, and whether there is one."""
+    y, x = slots // SHAPE[2], slots % SHAPE[2]
+    return y * SHAPE[1] + x, (y < SHAPE[0]) & (x < SHAPE[1])
+
+
+@_jit
+def _place(window, slots, geometry, SHAPE: tl.constexpr):
+    """Row of (B * H * W) in each slot, and whether there is one: the rest is padding."""
+    H, W, down, across, shift_y, shift_x = geometry
+    y = window // across % down * SHAPE[0] + slots // SHAPE[2] + shift_y
+    x = window % across * SHAPE[1] + slots % SHAPE[2] + shift_x
+    y -= tl.where(y >= down * SHAPE[0], down * SHAPE[0], 0)
+    x -= tl.where(x >= across * SHAPE[1], across * SHAPE[1], 0)
+    _, holds = _token(slots, SHAPE)
+    return (window // (down * across) * H + y).to(tl.int64) * W + x, holds & (y < H) & (x < W)
+
+
+@_jit
+def _cuts(window, geometry, SHAPE: tl.constexpr):
+    """Row and column of the window from which on the shift has put the other side of the map there."""
+    _, _, down, across, shift_y, shift_x = geometry
+    cut_y = SHAPE[0] - tl.where(window // across % down == down - 1, shift_y, 0)
+    cut_x = SHAPE[1] - tl.where(window % across == across - 1, shift_x, 0)
+    return cut_y, cut_x
+
+
+@_jit
+def _has_padding(window, geometry, SHAPE: tl.constexpr):
+    """Whether there may be padding in the window."""
+    H, W, down, across, shift_y, shift_x = geometry
+    below = (window // across % down + 1) * SHAPE[0] + shift_y > H
+    beside = (window % across + 1) * SHAPE[1] + shift_x > W
+    return (below & (H % SHAPE[0] > 0)) | (beside & (W % SHAPE[1] > 0))
+
+
+@_jit
+def _load(pointers, mask, D: tl.constexpr):
+    """(rows, D) from pointers to the beginning of each row; 0 where masked."""
+    return tl.load(pointers[:, None] + tl.arange(0, D)[None, :], mask=mask[:, None], other=0.0)
+
+
+@_jit
+def _store(pointers, values, mask, D: tl.constexpr):
+    values = values.to(pointers.dtype.element_ty)
+    tl.store(pointers[:, None] + tl.arange(0, D)[None, :], values, mask=mask[:, None])
+
+
+@_jit
+def _load_keys(qkv, pad, rows, real, slots, head, C, D: tl.constexpr, SHAPE: tl.constexpr):
+    """Keys and values of the map's tokens and of padding."""
+    # The compiler does not see through `where` that rows are aligned.
+    pointers = tl.multiple_of(tl.where(real, qkv + rows * 3 * C, pad) + C + head * D, 16)
+    _, holds = _token(slots, SHAPE)
+    return _load(pointers, holds, D), _load(pointers + C, holds, D)
+
+
+@_jit
+def _load_bias(bias, slots_i, slots_j, SHAPE: tl.constexpr):
+    """Bias of queries and keys whose slots broadcast; -inf for slots without a key."""
+    i, _ = _token(slots_i, SHAPE)
+    j, holds = _token(slots_j, SHAPE)
+    N: tl.constexpr = SHAPE[0] * SHAPE[1]
+    return tl.load(bias + tl.minimum(i, N - 1) * N + j, mask=holds, other=float('-inf')).to(tl.float32) * _LOG2_E
+
+
+@_jit
+def _inverse_length(x):
+    x = x.to(tl.float32)
+    return 1 / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)
+
+
+@_jit
+def _unit(x, COSINE: tl.constexpr):
+    """What enters the product of queries and keys: for cosine attention, rows of length 1."""
+    if COSINE:
+        x = (x.to(tl.float32) * _inverse_length(x)[:, None]).to(x.dtype)
+    return x
+
+
+@_jit
+def _before_unit(grad, x, COSINE: tl.constexpr):
+    """Gradient of x from that of :func:`_unit` of x."""
+    if COSINE:
+        inverse = _inverse_length(x)[:, None]
+        unit = x.to(tl.float32) * inverse
+        grad = (grad - unit * tl.sum(grad * unit, 1)[:, None]) * inverse
+    return grad
+
+
+@_jit
+def _dot(a, b):
+    return tl.dot(a, b, input_precision='ieee')  # float32 is not rounded to tf32
+
+
+@_jit
+def _scores(a, b, slots_a, slots_b, bias, factor, cuts, SHAPE: tl.constexpr):
+    """Scores between the rows of a and of b."""
+    scores = _dot(a, tl.trans(b)) * (factor * _LOG2_E) + bias
+    cut_y, cut_x = cuts
+    if (cut_y < SHAPE[0]) | (cut_x < SHAPE[1]):
+        y_a, y_b = slots_a // SHAPE[2] >= cut_y, slots_b // SHAPE[2] >= cut_y
+        x_a, x_b = slots_a % SHAPE[2] >= cut_x, slots_b % SHAPE[2] >= cut_x
+        apart = (y_a[:, None] != y_b[None, :]) | (x_a[:, None] != x_b[None, :])
+        scores += tl.where(apart, _MASKED, 0.0)
+    return scores
+
+
+@_jit
+def _forward(
+    qkv, pad, bias, scales, out, lse,
+    factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
+    COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Output and log-sum-exp."""
+    N: tl.constexpr = SHAPE[0] * SHAPE[1]
+    SLOTS: tl.constexpr = SHAPE[0] * SHAPE[2]
+    geometry = (H, W, down, across, shift_y, shift_x)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    C = heads * D
+    if COSINE:
+        factor = tl.load(scales + head)
+    i = tl.program_id(0) // heads // splits * BLOCK + tl.arange(0, BLOCK)
+    token_i, holds_i = _token(i, SHAPE)
+    if BLOCK >= SLOTS:
+        bias_tile = _load_bias(bias + head * N * N, i[:, None], tl.arange(0, BLOCK)[None, :], SHAPE)
+    for window in range(tl.program_id(0) // heads % splits, windows, splits):
+        cuts = _cuts(window, geometry, SHAPE)
+        rows_i, real_i = _place(window, i, geometry, SHAPE)
+        q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
+        most = tl.full([BLOCK], float('-inf'), tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        result = tl.zeros([BLOCK, D], tl.float32)
+        for start in range(0, SLOTS, BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            rows_j, real_j = _place(window, j, geometry, SHAPE)
+            k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
+            if BLOCK < SLOTS:
+                bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
+            scores = _scores(q, _unit(k, COSINE), i, j, bias_tile, factor, cuts, SHAPE)
+            before = most
+            most = tl.maximum(before, tl.max(scores, 1))
+            weights = tl.exp2(scores - most[:, None])
+            fade = tl.exp2(before - most)
+            total = total * fade + tl.sum(weights, 1)
+            result = result * fade[:, None] + _dot(weights.to(v.dtype), v)
+        _store(out + rows_i * C + head * D, result / total[:, None], real_i, D)
+        tl.store(lse + (window * heads + head) * N + token_i, most + tl.log2(total), mask=holds_i)
+
+
+@_jit
+def _backward(
+    qkv, pad, bias, scales, lse, grad, grad_qkv, grad_pad, grad_bias, grad_scales,
+    factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
+    COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All gradients at once, for windows that fit one tile."""
+    N: tl.constexpr = SHAPE[0] * SHAPE[1]
+    geometry = (H, W, down, across, shift_y, shift_x)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    C = heads * D
+    if COSINE:
+        factor = tl.load(scales + head)
+    i = tl.arange(0, BLOCK)
+    token, holds = _token(i, SHAPE)
+    bias_tile = _load_bias(bias + head * N * N, i[:, None], i[None, :], SHAPE)
+    sum_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
+    sum_k = tl.zeros([D], tl.float32)
+    sum_v = tl.zeros([D], tl.float32)
+    sum_scale = 0.0
+    for window in range(tl.program_id(0) // heads, windows, splits):
+        rows, real = _place(window, i, geometry, SHAPE)
+        q = _load(qkv + rows * 3 * C + head * D, real, D)
+        k, v = _load_keys(qkv, pad, rows, real, i, head, C, D, SHAPE)
+        g = _load(grad + rows * C + head * D, real, D)  # what comes out for padding is thrown away
+        log_sum = tl.load(lse + (window * heads + head) * N + token, mask=holds, other=float('inf'))
+        unit_q, unit_k = _unit(q, COSINE), _unit(k, COSINE)
+
+        cuts = _cuts(window, geometry, SHAPE)
+        weights = tl.exp2(_scores(unit_q, unit_k, i, i, bias_tile, factor, cuts, SHAPE) - log_sum[:, None])
+        grad_v = _dot(tl.trans(weights.to(g.dtype)), g)
+        grad_scores = weights * _dot(g, tl.trans(v))
+        grad_scores -= weights * tl.sum(grad_scores, 1)[:, None]
+        sum_bias += grad_scores
+        grad_scores = grad_scores.to(q.dtype)
+        grad_q = _dot(grad_scores, unit_k)
+        if COSINE:
+            sum_scale += tl.sum(grad_q * unit_q)
+        grad_q = _before_unit(grad_q * factor, q, COSINE)
+        grad_k = _before_unit(_dot(tl.trans(grad_scores), unit_q) * factor, k, COSINE)
+
+        to = grad_qkv + rows * 3 * C + head * D
+        _store(to, grad_q, real, D)
+        _store(to + C, grad_k, real, D)
+        _store(to + 2 * C, grad_v, real, D)
+        if _has_padding(window, geometry, SHAPE):
+            sum_k += tl.sum(tl.where(real[:, None], 0.0, grad_k), 0)
+            sum_v += tl.sum(tl.where(real[:, None], 0.0, grad_v), 0)
+
+    part = tl.program_id(0).to(tl.int64)
+    tl.store(grad_pad + part * 2 * D + tl.arange(0, D), sum_k)
+    tl.store(grad_pad + part * 2 * D + D + tl.arange(0, D), sum_v)
+    if COSINE:
+        tl.store(grad_scales + part, sum_scale)
+    pairs = token[:, None] * N + token[None, :]
+    tl.store(grad_bias + part * N * N + pairs, sum_bias, mask=holds[:, None] & holds[None, :])
+
+
+@_jit
+def _backward_q(
+    qkv, pad, bias, scales, out, lse, grad, grad_qkv, delta, grad_scales,
+    factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
+    COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of queries and scales, and delta: for each query, its output times the output's gradient."""
+    N: tl.constexpr = SHAPE[0] * SHAPE[1]
+    geometry = (H, W, down, across, shift_y, shift_x)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    C = heads * D
+    if COSINE:
+        factor = tl.load(scales + head)
+    i = tl.program_id(0) // heads // splits * BLOCK + tl.arange(0, BLOCK)
+    token, holds = _token(i, SHAPE)
+    sum_scale = 0.0
+    for window in range(tl.program_id(0) // heads % splits, windows, splits):
+        cuts = _cuts(window, geometry, SHAPE)
+        rows_i, real_i = _place(window, i, geometry, SHAPE)
+        q = _load(qkv + rows_i * 3 * C + head * D, real_i, D)
+        unit_q = _unit(q, COSINE)
+        g = _load(grad + rows_i * C + head * D, real_i, D)
+        o = _load(out + rows_i * C + head * D, real_i, D)
+        queries = (window * heads + head) * N + token
+        log_sum = tl.load(lse + queries, mask=holds, other=float('inf'))
+        product = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+        tl.store(delta + queries, product, mask=holds)
+        grad_q = tl.zeros([BLOCK, D], tl.float32)
+        for start in range(0, SHAPE[0] * SHAPE[2], BLOCK):
+            j = start + tl.arange(0, BLOCK)
+            rows_j, real_j = _place(window, j, geometry, SHAPE)
+            k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
+            k = _unit(k, COSINE)
+            bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
+            weights = tl.exp2(_scores(unit_q, k, i, j, bias_tile, factor, cuts, SHAPE) - log_sum[:, None])
+            grad_scores = weights * (_dot(g, tl.trans(v)) - product[:, None])
+            grad_q += _dot(grad_scores.to(k.dtype), k)
+        if COSINE:
+            sum_scale += tl.sum(grad_q * unit_q)
+        _store(grad_qkv + rows_i * 3 * C + head * D, _before_unit(grad_q * factor, q, COSINE), real_i, D)
+    if COSINE:
+        tl.store(grad_scales + tl.program_id(0), sum_scale)
+
+
+@_jit
+def _backward_kv(
+    qkv, pad, bias, scales, lse, delta, grad, grad_qkv, grad_pad,
+    factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
+    COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of keys and values, those of padding too. Tiles are keys by queries."""
+    N: tl.constexpr = SHAPE[0] * SHAPE[1]
+    geometry = (H, W, down, across, shift_y, shift_x)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    C = heads * D
+    if COSINE:
+        factor = tl.load(scales + head)
+    j = tl.program_id(0) // heads // splits * BLOCK + tl.arange(0, BLOCK)
+    sum_k = tl.zeros([D], tl.float32)
+    sum_v = tl.zeros([D], tl.float32)
+    for window in range(tl.program_id(0) // heads % splits, windows, splits):
+        cuts = _cuts(window, geometry, SHAPE)
+        rows_j, real_j = _place(window, j, geometry, SHAPE)
+        k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
+        unit_k = _unit(k, COSINE)
+        grad_k = tl.zeros([BLOCK, D], tl.float32)
+        grad_v = tl.zeros([BLOCK, D], tl.float32)
+        for start in range(0, SHAPE[0] * SHAPE[2], BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            token, holds = _token(i, SHAPE)
+            rows_i, real_i = _place(window, i, geometry, SHAPE)
+            q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
+            g = _load(grad + rows_i * C + head * D, real_i, D)
+            queries = (window * heads + head) * N + token
+            log_sum = tl.load(lse + queries, mask=holds, other=float('inf'))
+            product = tl.load(delta + queries, mask=holds, other=0.0)
+            bias_tile = _load_bias(bias + head * N * N, i[None, :], j[:, None], SHAPE)
+            weights = tl.exp2(_scores(unit_k, q, j, i, bias_tile, factor, cuts, SHAPE) - log_sum[None, :])
+            grad_v += _dot(weights.to(g.dtype), g)
+            grad_scores = weights * (_dot(v, tl.trans(g)) - product[None, :])
+            grad_k += _dot(grad_scores.to(q.dtype), q)
+        grad_k = _before_unit(grad_k * factor, k, COSINE)
+        to = grad_qkv + rows_j * 3 * C + head * D
+        _store(to + C, grad_k, real_j, D)
+        _store(to + 2 * C, grad_v, real_j, D)
+        if _has_padding(window, geometry, SHAPE):
+            sum_k += tl.sum(tl.where(real_j[:, None], 0.0, grad_k), 0)
+            sum_v += tl.sum(tl.where(real_j[:, None], 0.0, grad_v), 0)
+    part = tl.program_id(0).to(tl.int64)
+    tl.store(grad_pad + part * 2 * D + tl.arange(0, D), sum_k)
+    tl.store(grad_pad + part * 2 * D + D + tl.arange(0, D), sum_v)
+
+
+@_jit
+def _backward_bias(
+    qkv, pad, bias, scales, lse, delta, grad, grad_bias,
+    factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
+    COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tile of the gradient of the bias."""
+    N: tl.constexpr = SHAPE[0] * SHAPE[1]
+    BLOCKS: tl.constexpr = (SHAPE[0] * SHAPE[2] + BLOCK - 1) // BLOCK
+    geometry = (H, W, down, across, shift_y, shift_x)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    split = tl.program_id(0) // heads % splits
+    block = tl.program_id(0) // heads // splits
+    C = heads * D
+    if COSINE:
+        factor = tl.load(scales + head)
+    i = block // BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    j = block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    token_i, holds_i = _token(i, SHAPE)
+    token_j, holds_j = _token(j, SHAPE)
+    bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
+    sum_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for window in range(split, windows, splits):
+        cuts = _cuts(window, geometry, SHAPE)
+        rows_i, real_i = _place(window, i, geometry, SHAPE)
+        rows_j, real_j = _place(window, j, geometry, SHAPE)
+        q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
+        k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
+        g = _load(grad + rows_i * C + head * D, real_i, D)
+        queries = (window * heads + head) * N + token_i
+        log_sum = tl.load(lse + queries, mask=holds_i, other=float('inf'))
+        product = tl.load(delta + queries, mask=holds_i, other=0.0)
+        scores = _scores(q, _unit(k, COSINE), i, j, bias_tile, factor, cuts, SHAPE)
+        weights = tl.exp2(scores - log_sum[:, None])
+        sum_bias += weights * (_dot(g, tl.trans(v)) - product[:, None])
+    pairs = token_i[:, None] * N + token_j[None, :]
+    to = grad_bias + (split * heads + head) * N * N
+    tl.store(to + pairs, sum_bias, mask=holds_i[:, None] & holds_j[None, :])
+
+
+class _Call:
+    """One call's inputs and how its work is divided."""
+
+    def __init__(
+        self, qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: Size, shift: Size
+    ) -> None:
+        Hw, Ww = window
+        pitch = triton.next_power_of_2(Ww)  # spares a division for each slot; only where the tile does not grow
+        if Hw * pitch > TILE:
+            pitch = Ww
+        self.heads = bias.shape[0]
+        B, H, W, _ = qkv.shape
+        down, across = _grid(qkv, window)
+        self.windows = B * down * across
+        block = max(16, min(TILE, triton.next_power_of_2(Hw * pitch)))  # tl.dot takes no less than 16
+        self.blocks = -(-Hw * pitch // block)
+        # Kernels take it that rows are aligned, which parts of a larger tensor need not be.
+        qkv, pad = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (qkv, pad))
+        self.tensors = (qkv, pad, bias, qkv if scales is None else scales)
+        self.numbers = (factor, self.windows, H, W, down, across, *shift, self.heads)
+        # float32 does without tensor cores, and its tiles need the registers of twice as many threads.
+        warps, self.stages = (8, 1) if qkv.dtype == torch.float32 else (4, 2)
+        self.constants = {
+            'COSINE': scales is not None,
+            'SHAPE': (Hw, Ww, pitch),
+            'D': qkv.shape[3] // 3 // self.heads,
+            'BLOCK': block,
+            'num_warps': warps,
+        }
+
+    def splits(self, blocks: int) -> int:
+        """How many programs share the windows where each serves one of ``blocks`` blocks of one head."""
+        return max(1, min(self.windows, PROGRAMS // (self.heads * blocks)))
+
+    def launch(self, kernel, blocks: int, *tensors: Tensor) -> None:
+        """Start a program for each head, split and block, head first."""
+        splits = self.splits(blocks)
+        stages = 1 if kernel is _backward_kv else self.stages  # which has no registers left to load ahead
+        with torch.cuda.device_of(self.tensors[0]):  # kernels start on the current device
+            grid = (self.heads * splits * blocks,)
+            kernel[grid](*self.tensors, *tensors, *self.numbers, splits, **self.constants, num_stages=stages)
+
+
+def _grid(qkv: Tensor, window: Size) -> Size:
+    """Windows down and across the padded map."""
+    return -(-qkv.shape[1] // window[0]), -(-qkv.shape[2] // window[1])
+
+
+@torch.library.custom_op('swin_mm::window_attention', mutates_args=())
+def _op(
+    qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: list[int], shift: list[int]
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, (B * nW, h, N)."""
+    call = _Call(qkv, pad, bias, scales, factor, window, shift)
+    out, lse = _allocate(qkv, pad, bias, scales, factor, window, shift)
+    call.launch(_forward, call.blocks, out, lse)
+    return out, lse
+
+
+@_op.register_fake
+def _allocate(qkv, pad, bias, scales, factor, window, shift):
+    heads, N, _ = bias.shape
+    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+    down, across = _grid(qkv, window)
+    return out, qkv.new_empty(qkv.shape[0] * down * across, heads, N, dtype=torch.float32)
+
+
+@torch.library.custom_op('swin_mm::window_attention_backward', mutates_args=())
+def _backward_op(
+    grad: Tensor, qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, out: Tensor, lse: Tensor,
+    factor: float, window: list[int], shift: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, pad, bias and scales, the last one empty without scales."""
+    call = _Call(qkv, pad, bias, scales, factor, window, shift)
+    heads, N, _ = bias.shape
+    blocks, splits = call.blocks, call.splits(call.blocks)
+
+    def parts(*shape: int) -> Tensor:
+        return qkv.new_empty(shape, dtype=torch.float32)
+
+    grad = grad.contiguous()
+    grad_qkv = torch.empty_like(qkv)
+    grad_pad = parts(blocks * splits, heads, 2, call.constants['D'])
+    grad_scales = parts(blocks * splits, 0 if scales is None else heads)
+    grad_bias = parts(call.splits(blocks**2), heads, N, N)
+    if blocks == 1:
+        call.launch(_backward, 1, lse, grad, grad_qkv, grad_pad, grad_bias, grad_scales)
+    else:
+        delta = torch.empty_like(lse)
+        call.launch(_backward_q, blocks, out, lse, grad, grad_qkv, delta, grad_scales)
+        call.launch(_backward_kv, blocks, lse, delta, grad, grad_qkv, grad_pad)
+        call.launch(_backward_bias, blocks**2, lse, delta, grad, grad_bias)
+    grad_k, grad_v = grad_pad.sum(0).unbind(1)
+    grad_pad = torch.cat([torch.zeros_like(grad_k), grad_k, grad_v]).flatten()  # nobody sees what padding asks for
+    return grad_qkv, grad_pad.to(pad.dtype), grad_bias.sum(0).to(bias.dtype), grad_scales.sum(0)
+
+
+@_backward_op.register_fake
+def _(grad, qkv, pad, bias, scales, out, lse, factor, window, shift):
+    grad_scales = qkv.new_empty(0 if scales is None else bias.shape[0], dtype=torch.float32)
+    return torch.empty_like(qkv), torch.empty_like(pad), torch.empty_like(bias), grad_scales
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.factor, ctx.window, ctx.shift = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx, grad, _):
+    grads = _backward_op(grad, *ctx.saved_tensors, ctx.factor, ctx.window, ctx.shift)
+    return *grads[:3], None if ctx.saved_tensors[3] is None else grads[3], None, None, None
+
+
+_op.register_autograd(_differentiate, setup_context=_save)
+
+
+def attention(
+    qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
+) -> Tensor:
+    """See :func:`swin_mm.ops.attention.reference.attention`; for inputs that :func:`unsupported_reason` accepts."""
+    scales, factor = (scale.float().flatten(), 1.0) if isinstance(scale, Tensor) else (None, scale)
+    return _op(qkv.contiguous(), pad.to(qkv.dtype), bias.contiguous(), scales, factor, list(window), list(shift))[0]
+
+
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
+    """Why :func:`attention` cannot serve such inputs, or None if it can."""
+    if triton is None:
+        return 'triton is not installed'
+    if dropout:
+        return 'it has no dropout'
+    if dtype not in DTYPES:
+        return f'it does not compute in {dtype}'
+    if head_size not in HEAD_SIZES:
+        return f'heads of {head_size} channels are not among {HEAD_SIZES}'
+    if triton.knobs.runtime.interpret:
+        return 'the interpreter does not multiply bfloat16' if dtype == torch.bfloat16 else None
+    if device.type != 'cuda':
+        return f'it does not run on {device.type}'
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return 'the GPU is older than Ampere'
+    return None
