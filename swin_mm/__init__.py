@@ -2,9 +2,10 @@
 
 from importlib.util import find_spec
 
+from swin_mm.models.inference import optimize_for_inference
 from swin_mm.version import __version__
 
-__all__ = ['__version__']
+__all__ = ['__version__', 'optimize_for_inference']
 
 if find_spec('mmengine'):  # without it there is the plain model, swin_mm.models.swin
     from swin_mm.openmmlab.backbone import SwinTransformer, SwinTransformerV2

@@ -1,11 +1,11 @@
-"""Swin Transformer V1 and V2 in plain PyTorch, from leaves to pyramid.
+"""Swin Transformer V1 and V2 in plain PyTorch.
 
 B batch, (H, W) map, (Hw, Ww) window, nW windows per map, N = Hw * Ww tokens per window, C channels.
 Maps are (B, H, W, C) inside; NCHW appears only at the image and at the pyramid's output.
 Papers: V1 arXiv 2103.14030, V2 arXiv 2111.09883.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,12 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from swin_mm.models.dense import Linear, Mlp
-from swin_mm.models.derived import evaluating, forget
 from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2
 from swin_mm.ops.windows import Size, padded_size, tracing
-
-BAND = 8192  # tokens of a map that a block takes at a time on a CPU: what lies between fits the cache
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
@@ -27,31 +23,31 @@ ARCHS: dict[str, dict[str, Any]] = {
     'l': {'embed_dims': 192, 'depths': (2, 2, 18, 2), 'num_heads': (6, 12, 24, 48)},
 }
 
-Norm = Callable[[int], nn.Module]  # channels -> a norm over the last axis
+Norm = Callable[[int], nn.Module]  # channels -> norm over the last axis
 Act = Callable[[], nn.Module]
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drop the whole branch of a sample with probability ``rate``."""
+    """Stochastic depth: in training, drop a sample's whole residual branch with probability ``rate``."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each sample of (B, ...) or scale it up so that its expectation stays."""
+        """Zero each sample of (B, ...), or scale it so that its expectation is kept."""
         if not self.training or self.rate == 0:
             return x
         keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep / (1 - self.rate)
+        return x * keep.div_(1 - self.rate)
 
     def extra_repr(self) -> str:
-        """Shown in the printed model."""
+        """Extra text in the printed model."""
         return f'rate={self.rate:.3f}'
 
 
 class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each: (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
+    """Split the image into patches and embed each: (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
 
     def __init__(self, in_channels: int, dim: int, patch: Size, norm: Norm) -> None:
         super().__init__()
@@ -60,7 +56,7 @@ class PatchEmbed(nn.Module):
         self.norm = norm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Embed an image of any size, zero-padded at the bottom and right to whole patches."""
+        """Embed an image of any size; it is zero-padded at the bottom and right to whole patches."""
         H, W = image.shape[2:]
         Hp, Wp = padded_size((H, W), self.patch)
         if tracing() or (Hp, Wp) != (H, W):
@@ -69,29 +65,29 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Join each 2x2 neighbourhood: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), 2C)."""
+    """Merge 2x2 neighbourhoods: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), 2C)."""
 
     def __init__(self, dim: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.stride = stride
-        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm(self.norm_dim(dim))
 
     @staticmethod
     def norm_dim(dim: int) -> int:
-        """Channels where the norm stands."""
+        """Number of channels that the norm sees."""
         return 4 * dim
 
     def gather(self, x: Tensor) -> Tensor:
-        """The four neighbours as channels, column by column: (B, H, W, C) -> (B, H / stride, W / stride, 4C)."""
+        """Stack the four neighbours as channels, column by column: (B, H, W, C) -> (B, H / stride, W / stride, 4C)."""
         H, W = x.shape[1:3]
         s = self.stride
         rows, columns = (H + s - 1) // s, (W + s - 1) // s
-        # The neighbourhoods, whole, and what lies between the last and the next.
+        # Pad so that the last neighbourhood is whole.
         bottom, right = (rows - 1) * s + max(s, 2) - H, (columns - 1) * s + max(s, 2) - W
         if tracing() or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # of the neighbourhoods' first corners
+        ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # behind the last top-left corner
         return torch.cat([x[:, i : i + ends[0] : s, j : j + ends[1] : s] for j in (0, 1) for i in (0, 1)], -1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,11 +96,11 @@ class PatchMerging(nn.Module):
 
 
 class PatchMergingV2(PatchMerging):
-    """V2 norms after the reduction."""
+    """V2 normalises after the reduction."""
 
     @staticmethod
     def norm_dim(dim: int) -> int:
-        """Channels where the norm stands."""
+        """Number of channels that the norm sees."""
         return 2 * dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,22 +108,59 @@ class PatchMergingV2(PatchMerging):
         return self.norm(self.reduction(self.gather(x)))
 
 
+class Mlp(nn.Module):
+    """Two linear layers with an activation between them, (..., C) -> (..., C).
+
+    Args:
+        dim: C.
+        hidden: channels between the layers.
+        act: returns the activation.
+        drop: dropout rate after each layer.
+        with_cp: recompute the hidden channels in the backward pass instead of storing them.
+    """
+
+    def __init__(self, dim: int, hidden: int, act: Act, drop: float, with_cp: bool = False) -> None:
+        super().__init__()
+        self.with_cp = with_cp
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both layers."""
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+
+
 class SwinBlock(nn.Module):
     """Window attention and MLP, each on a residual branch (V1, figure 3b).
 
     Args:
         attn: attention inside windows of ``attn.window``.
-        shift: how far the windows are shifted.
-        pad_small_map: keep window and shift on a map no larger than the window, and pad it (detection); else an axis
-            of the map no longer than the window's gets a window of its length and no shift (classifiers).
+        shift: shift of the windows.
+        pad_small_map: on a map no larger than the window, keep window and shift and pad the map (detection); otherwise
+            shrink the window to the map and do not shift (classifiers).
         dim: C.
-        mlp: takes and gives (..., C).
-        norm: makes a norm for C channels.
+        mlp: module (..., C) -> (..., C).
+        norm: returns a norm for C channels.
         drop_path: probability of dropping a branch.
     """
 
     def __init__(
-        self, attn: WindowAttention, shift: Size, pad_small_map: bool, dim: int, mlp: Mlp, norm: Norm, drop_path: float
+        self,
+        attn: WindowAttention,
+        shift: Size,
+        pad_small_map: bool,
+        dim: int,
+        mlp: nn.Module,
+        norm: Norm,
+        drop_path: float,
     ) -> None:
         super().__init__()
         self.shift = shift
@@ -136,10 +169,11 @@ class SwinBlock(nn.Module):
         self.attn = attn
         self.norm2 = norm(dim)
         self.mlp = mlp
-        self.drop_path = DropPath(drop_path)
+        self.drop_path1 = DropPath(drop_path)
+        self.drop_path2 = DropPath(drop_path)
 
     def effective_window(self, size: Size) -> tuple[Size, Size]:
-        """Window and shift for a map of this size."""
+        """Window and shift on a map of this size."""
         window, shift = self.attn.window, self.shift
         if self.pad_small_map:
             return window, shift
@@ -149,65 +183,26 @@ class SwinBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        window, shift = self.effective_window((x.shape[1], x.shape[2]))
-        if x.is_cpu and evaluating(self):
-            return self.by_bands(x, window, shift)
-        return self.whole(x, window, shift)
+        """Apply the block to a map, (B, H, W, C) -> (B, H, W, C)."""
+        return self.forward_windows(x, *self.effective_window((x.shape[1], x.shape[2])))
 
-    def whole(self, x: Tensor, window: Size, shift: Size) -> Tensor:
-        """The block on a map, (B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), window, shift))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def by_bands(self, x: Tensor, window: Size, shift: Size) -> Tensor:
-        """The same, some rows of windows after the others, so that all between input and output stays in the cache."""
-        out = torch.empty_like(x)
-        images = max(BAND // (x.shape[1] * x.shape[2]), 1)
-        for part, result in zip(x.split(images), out.split(images), strict=True):
-            for rows, row_shift in bands(x.shape[1], window[0], shift[0], max(BAND // (window[0] * x.shape[2]), 1)):
-                band = torch.cat([part[:, r] for r in rows], 1) if len(rows) > 1 else part[:, rows[0]]
-                band = self.whole(band, window, (row_shift, shift[1]))
-                for r, done in zip(rows, band.split([r.stop - r.start for r in rows], 1), strict=True):
-                    result[:, r] = done
-        return out
+    def forward_windows(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """Apply the block with this window and shift, (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path1(self.attn(self.norm1(x), window, shift))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class SwinBlockV2(SwinBlock):
-    """V2 norms each branch's result instead of its input (V2, section 3.2)."""
+    """V2 normalises the result of each branch instead of its input (V2, section 3.2)."""
 
-    def whole(self, x: Tensor, window: Size, shift: Size) -> Tensor:
-        """The block on a map, (B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.norm1(self.attn(x, window, shift)))
-        return x + self.drop_path(self.norm2(self.mlp(x)))
-
-
-def bands(height: int, window: int, shift: int, count: int) -> Iterator[tuple[list[slice], int]]:
-    """Rows of a map that a block can be run on by themselves, and the shift of their windows.
-
-    Args:
-        height: H.
-        window: Hw.
-        shift: how many rows the windows are shifted by.
-        count: rows of windows per band.
-
-    Yields:
-        The rows, as one slice, or as two where shifted windows join the map's top and bottom.
-    """
-    if height <= count * window:
-        yield [slice(0, height)], shift
-        return
-    whole = shift + (height - shift) // window * window  # where the rows of whole windows end
-    for start in range(shift, whole, count * window):
-        yield [slice(start, min(start + count * window, whole))], 0
-    if shift:
-        yield [slice(0, shift), slice(whole, height)], shift
-    elif whole < height:
-        yield [slice(whole, height)], 0
+    def forward_windows(self, x: Tensor, window: Size, shift: Size) -> Tensor:
+        """Apply the block with this window and shift, (B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path1(self.norm1(self.attn(x, window, shift)))
+        return x + self.drop_path2(self.norm2(self.mlp(x)))
 
 
 class SwinStage(nn.Module):
-    """Blocks on one map, every second one with shifted windows, and the merging that leads to the next stage."""
+    """Blocks on one map, every second one with shifted windows, and the patch merging before the next stage."""
 
     def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None, with_cp: bool) -> None:
         super().__init__()
@@ -216,7 +211,7 @@ class SwinStage(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks, (B, H, W, C) -> (B, H, W, C); the pyramid calls ``downsample`` itself."""
+        """Apply the blocks, (B, H, W, C) -> (B, H, W, C); the pyramid calls ``downsample``."""
         for block in self.blocks:
             if self.with_cp and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)
@@ -226,10 +221,9 @@ class SwinStage(nn.Module):
 
 
 class SwinPyramid(nn.Module):
-    """Swin Transformer V1 as a feature pyramid; the parameters carry the official repository's names.
+    """Swin Transformer V1 as a feature pyramid; parameters have the names of the official repository.
 
-    Stages behind the last output are not built, nor is the merging that would lead to them: every parameter takes
-    part in the output.
+    Stages after ``max(out_indices)`` are not instantiated, so that every parameter takes part in the output.
 
     Args:
         in_channels: channels of the image.
@@ -366,13 +360,8 @@ class SwinPyramid(nn.Module):
             if min(window) < 1:
                 raise ValueError(f'stage {i} has window {window}; a window is at least 1 by 1')
 
-    def train(self, mode: bool = True):
-        """Switch between training and evaluation. Returns self."""
-        forget(self.parameters())
-        return super().train(mode)
-
     def embed(self, image: Tensor) -> Tensor:
-        """The map that the first stage takes, (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
+        """The input of the first stage, (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
         x = self.patch_embed(image)
         if self.absolute_pos_embed is not None:
             position = self.absolute_pos_embed
@@ -385,11 +374,11 @@ class SwinPyramid(nn.Module):
         """Feature maps of an image.
 
         Args:
-            image: (B, in_channels, H, W), any H and W from 1 up.
+            image: (B, in_channels, H, W), any H and W.
 
         Returns:
-            For each stage i in ``out_indices`` its normed map (B, embed_dims * 2**i, H / s, W / s), s the product of
-            the strides so far (4, 8, 16, 32), sizes rounded up at each stage.
+            For each stage i in ``out_indices`` its normalised map (B, embed_dims * 2**i, H / s, W / s), where s is the
+            product of the strides so far (4, 8, 16, 32); sizes are rounded up at each stage.
         """
         x = self.embed(image)
         maps = []

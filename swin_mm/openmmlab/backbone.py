@@ -12,13 +12,11 @@ from typing import Any
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule
-from torch import Tensor, nn
+from torch import nn
 
 from swin_mm.checkpoints import CheckpointError, Report, adapt, read_checkpoint, unwrap
 from swin_mm.checkpoints.files import FETCHERS
 from swin_mm.checkpoints.pickles import ALLOWED
-from swin_mm.models.derived import evaluating
-from swin_mm.models.graphs import GraphedForward
 from swin_mm.models.swin import ARCHS, SwinPyramid, SwinPyramidV2
 from swin_mm.openmmlab.registry import MODELS
 
@@ -61,7 +59,6 @@ class _Backbone:
         init_cfg: dict | list[dict] | None = None,
         strict: bool = True,
         compile: bool | dict = False,
-        cuda_graphs: int = 0,
         **options: Any,
     ) -> None:
         if arch not in ARCHS:
@@ -75,11 +72,6 @@ class _Backbone:
             raise ValueError(f'frozen_stages={frozen_stages} must be -1 (none) to {len(sizes["depths"])} (all)')
         self.frozen_stages = frozen_stages
         self.strict = strict
-        if compile and cuda_graphs:
-            raise ValueError(
-                "compile has CUDA graphs of its own, compile=dict(mode='reduce-overhead'); leave cuda_graphs out"
-            )
-        self.cuda_graphs = cuda_graphs
         if compile:
             self.compile(**(compile if isinstance(compile, dict) else {}))
         self.load_report: Report | None = None
@@ -102,18 +94,6 @@ class _Backbone:
         super().train(mode)
         self._freeze()
         return self
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps of an image, see :class:`swin_mm.models.swin.SwinPyramid`."""
-        if self.cuda_graphs and image.is_cuda and len(image) == 1 and evaluating(self):
-            if '_graphed' not in self.__dict__:
-                self.__dict__['_graphed'] = GraphedForward(self, super().forward, self.cuda_graphs)
-            return self.__dict__['_graphed'](image)
-        return super().forward(image)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles hold: no recorded graphs, which belong to this one's memory."""
-        return {name: value for name, value in super().__getstate__().items() if name != '_graphed'}
 
     def init_weights(self) -> None:
         """Load what ``init_cfg`` names, or keep the random start and say so.
@@ -201,8 +181,8 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
             :func:`swin_mm.checkpoints.read_checkpoint` takes it, optionally with ``prefix``.
         strict: *new* a checkpoint, however it is loaded, must give the whole backbone, output norms excepted, which
             classifiers lack; False loads what fits. ``load_report`` tells what happened.
-        compile: *new* compile the backbone: True, or the options of ``torch.compile``.
-        cuda_graphs: *new* in evaluation of single images on a GPU, for how many sizes of image a CUDA graph is kept.
+        compile: *new* compile the backbone: True, or the options of ``torch.compile``, such as
+            ``dict(mode='reduce-overhead')`` for CUDA graphs.
         **options: the arguments of :class:`swin_mm.models.swin.SwinPyramid`, among them *new*: ``pad_small_map``,
             ``attention``, ``window_size`` per stage or as (height, width), and ``with_cp`` per stage or as 'mlp'.
 

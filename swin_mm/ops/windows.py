@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 Size = tuple[int, int]
 Result = TypeVar('Result')
@@ -27,26 +26,32 @@ MASKED = -100.0
 OFFSET_RANGE = 8.0  # V2 scales offsets to [-8, 8] before the logarithm of base 8
 
 
+def functorch_active() -> bool:
+    """Whether a transform of :mod:`torch.func` (jvp, vmap, grad ...) is running."""
+    # There is no public way to ask. Without this one, transforms run through the kernels and fail there with an error.
+    return getattr(torch._C, '_are_functorch_transforms_active', bool)()
+
+
 def tracing() -> bool:
-    """Whether operators are being recorded or transformed: tensors made now belong to that and must not be kept."""
+    """Whether operators are being recorded or transformed: tensors created now must not be cached."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        or functorch_active()
         or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
 
 def _cached(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Keep the last results, which nobody may write to; none made while tracing."""
+    """LRU cache of results that depend on sizes alone; callers must not write to them. Bypassed while tracing."""
 
     def decorate(build: Callable[..., Result]) -> Callable[..., Result]:
-        def usable_in_training(*args: Any) -> Result:
-            with torch.inference_mode(False):  # else a tensor first built for inference could not serve training
+        def build_normal_tensor(*args: Any) -> Result:
+            with torch.inference_mode(False):  # inference tensors could not be used in training later
                 return build(*args)
 
-        keep = lru_cache(entries)(usable_in_training)
-        return wraps(build)(lambda *args: build(*args) if tracing() else keep(*args))
+        cached = lru_cache(entries)(build_normal_tensor)
+        return wraps(build)(lambda *args: build(*args) if tracing() else cached(*args))
 
     return decorate
 
@@ -138,7 +143,7 @@ def window_map(size: Size, window: Size, shift: Size, device: torch.device) -> W
 
 
 class _Gather(Function):
-    """The windows of a map; its gradient is a gather too, where that of an index is a scattered sum."""
+    """Gather windows from a map. The backward is a gather too, instead of the scattered sum of ``index_select``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, pad: Tensor, places: WindowMap) -> Tensor:
@@ -149,14 +154,13 @@ class _Gather(Function):
         return windows
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         places = ctx.places
         return grad.index_select(1, places.slots), grad[:, places.pads].sum((0, 1)), None
 
 
 class _Scatter(Function):
-    """The map of windows."""
+    """Put windows back into a map."""
 
     @staticmethod
     def forward(ctx: Any, windows: Tensor, places: WindowMap) -> Tensor:
@@ -164,12 +168,11 @@ class _Scatter(Function):
         return windows.index_select(1, places.slots)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         places = ctx.places
         grad = grad.index_select(1, places.tokens)
         if len(places.pads):
-            grad[:, places.pads] = 0
+            grad = grad.index_fill(1, places.pads, 0)
         return grad, None
 
 

@@ -51,7 +51,7 @@ def test_the_choice_of_a_kernel_is_no_part_of_the_graph(dynamic):
     class Served(torch.nn.Linear):
         def forward(self, x):
             qkv = super().forward(x)
-            return qkv * 0 + 1 if kernels._reason_against('triton', qkv, self.weight[:3], 0.0) else qkv
+            return qkv * 0 + 1 if kernels.reason_against('triton', qkv, self.weight[:3], 0.0) else qkv
 
     module = Served(32, 96, dtype=torch.float64)  # a type that the Triton kernel refuses wherever it runs
     compiled = torch.compile(module, fullgraph=True, backend='eager', dynamic=dynamic)

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 import swin_mm
 from swin_mm.checkpoints import adapt
 
-LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+# In float64 the implementations agree to rounding. In float32 both are compared with mmdet's in float64: our error may be
+# a few times theirs, whatever the processor's order of additions makes of either.
+LIMIT_FLOAT64, TIMES, FLOOR = 1e-10, 6, 2e-6
 
 # Every pair of remainders of the first map modulo the window of 7; H is never W.
 REMAINDERS = [(4 * (7 + r), 4 * (14 + s)) for r in range(7) for s in range(7)]
@@ -17,32 +19,23 @@ SIZES = [(1, 1), (1, 9), (3, 2), (5, 27), (27, 5), (26, 26), (28, 28), (29, 31),
 SIZES += [(224, 224), (333, 517), (512, 512), (800, 1333)]
 
 
-def errors(theirs: nn.Module, ours: nn.Module, size: tuple[int, int], dtype: torch.dtype, batch: int = 2) -> dict:
-    """Relative error of the maps and of the gradients of the image and of every parameter."""
-    theirs.to(dtype)
-    ours.to(dtype)
+def run(model: nn.Module, twin: nn.Module, size: tuple[int, int], dtype: torch.dtype, batch: int) -> dict:
+    """The maps, and the gradients of the image and of every parameter by the names that ``twin``, ours, gives them."""
+    model.to(dtype).zero_grad()
     generator = torch.Generator().manual_seed(size[0] * 10007 + size[1])
-    channels = ours.patch_embed.proj.in_channels
-    image = torch.rand(batch, channels, *size, generator=generator, dtype=torch.float64).to(dtype)
-    maps, images = [], []
-    for model in (theirs, ours):
-        model.zero_grad()
-        images.append(image.clone().requires_grad_())
-        maps.append(model(images[-1]))
-        # A weighted sum, so that every position of every map has a gradient of its own.
-        weights = torch.Generator().manual_seed(1)
-        loss = sum((m * torch.rand(m.shape, generator=weights, dtype=torch.float64).to(m)).sum() for m in maps[-1])
-        if loss.requires_grad:
-            loss.backward()
-    result = {'maps': relative_error(maps[1], maps[0])}
-    if images[0].grad is not None:
-        result['image'] = relative_error([images[1].grad], [images[0].grad])
-    expected, _ = adapt(gradients(theirs), ours)
-    for name, gradient in gradients(ours).items():
-        assert gradient.isnan().all() == expected[name].isnan().all(), f'only one of the two trains {name}'
-        if not gradient.isnan().all():
-            result[name] = relative_error([gradient], [expected[name]])
-    return result
+    channels = twin.patch_embed.proj.in_channels
+    image = torch.rand(batch, channels, *size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    maps = model(image)
+    # A weighted sum, so that every position of every map has a gradient of its own.
+    weights = torch.Generator().manual_seed(1)
+    loss = sum((m * torch.rand(m.shape, generator=weights, dtype=torch.float64).to(m)).sum() for m in maps)
+    if loss.requires_grad:
+        loss.backward()
+    found = {f'map {i}': m.detach() for i, m in enumerate(maps)}
+    if image.grad is not None:
+        found['image'] = image.grad
+    named = gradients(model)
+    return found | (named if model is twin else adapt(named, twin)[0])
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -50,10 +43,25 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {n: torch.full_like(p, torch.nan) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
+def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Relative errors; also checks that the same parameters have gradients."""
+    assert actual.keys() == exact.keys()
+    result = {}
+    for name, value in actual.items():
+        assert value.isnan().all() == exact[name].isnan().all(), f'only one of the two trains {name}'
+        if not value.isnan().all():
+            result[name] = relative_error([value], [exact[name]])
+    return result
+
+
 def assert_equal(theirs: nn.Module, ours: nn.Module, size: tuple[int, int], batch: int = 2) -> None:
-    for dtype, limit in LIMITS.items():
-        worst = max(errors(theirs, ours, size, dtype, batch).items(), key=lambda item: item[1])
-        assert worst[1] <= limit, f'{worst[0]} deviates by {worst[1]:.2e} at {size} in {dtype}'
+    exact = run(theirs, ours, size, torch.float64, batch)
+    name, error = max(errors(run(ours, ours, size, torch.float64, batch), exact).items(), key=lambda item: item[1])
+    assert error <= LIMIT_FLOAT64, f'{name} deviates by {error:.2e} at {size} in float64'
+    allowed = errors(run(theirs, ours, size, torch.float32, batch), exact)
+    for name, error in errors(run(ours, ours, size, torch.float32, batch), exact).items():
+        limit = TIMES * allowed[name] + FLOOR
+        assert error <= limit, f"{name} deviates by {error:.2e} at {size} in float32, mmdet's by {allowed[name]:.2e}"
 
 
 @pytest.fixture(scope='module')

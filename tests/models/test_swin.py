@@ -8,12 +8,11 @@ import torch
 from support.oracles import SMALL, randomise, relative_error
 from torch import nn
 
-from swin_mm.models import swin
-from swin_mm.models.swin import ARCHS, DropPath, SwinPyramid, SwinPyramidV2, bands
+from swin_mm.models.swin import ARCHS, DropPath, SwinPyramid, SwinPyramidV2
 from swin_mm.ops.attention import reference
 from swin_mm.ops.windows import region_mask, relative_index, window_partition, window_reverse
 
-SWIN_MM = Path(__file__).parents[1] / 'swin_mm'
+SWIN_MM = Path(__file__).parents[2] / 'swin_mm'
 BOTH = pytest.mark.parametrize('pyramid', [SwinPyramid, SwinPyramidV2])
 
 
@@ -49,28 +48,6 @@ def test_steps_of_the_paper():
         assert (shifted.shift, region_mask((56, 56), (7, 7), (3, 3), x.device).shape) == ((3, 3), (64, 49, 49))
         assert model.layers[0](x).shape == (1, 56, 56, 96)
         assert model.layers[0].downsample(x).shape == (1, 28, 28, 192)
-
-
-@pytest.mark.parametrize('height', [3, 7, 14, 15, 20, 41])
-@pytest.mark.parametrize('window, shift', [(7, 0), (7, 3), (4, 2), (1, 0)])
-def test_bands_hold_each_row_once_and_whole_windows(height, window, shift):
-    for count in (1, 2, 100):
-        parts = [rows for rows, _ in bands(height, window, shift, count)]
-        assert sorted(i for rows in parts for r in rows for i in range(r.start, r.stop)) == list(range(height))
-        assert all(sum(r.stop - r.start for r in rows) <= max(count, 2) * window for rows in parts)
-
-
-@BOTH
-@pytest.mark.parametrize('pad_small_map', [True, False])
-@pytest.mark.parametrize('size', [(130, 97), (64, 90), (30, 200), (12, 9)])
-def test_evaluation_by_bands_gives_the_same(pyramid, pad_small_map, size, monkeypatch):
-    model = small(pyramid, pad_small_map=pad_small_map).double().eval()
-    image = torch.randn(5, 3, *size, dtype=torch.float64)
-    expected = model(image)
-    monkeypatch.setattr(swin, 'BAND', 200)
-    with torch.no_grad():
-        for actual, whole in zip(model(image), expected, strict=True):
-            assert relative_error(actual, whole) < 1e-12
 
 
 @BOTH
@@ -256,7 +233,11 @@ def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
 
 
 def test_drop_path_grows_linearly_over_all_stages_even_unbuilt_ones():
-    rates = [m.rate for m in SwinPyramid(drop_path_rate=0.2, out_indices=(0, 1)).modules() if isinstance(m, DropPath)]
+    rates = [
+        m.rate
+        for n, m in SwinPyramid(drop_path_rate=0.2, out_indices=(0, 1)).named_modules()
+        if n.endswith('drop_path1')
+    ]
     assert rates == pytest.approx([0.2 * i / 11 for i in range(4)])
 
 
@@ -299,24 +280,13 @@ def test_archs_have_heads_of_32():
 
 def test_model_files_are_plain_torch():
     """The model can be read, tested and reused without OpenMMLab."""
-    files = [SWIN_MM / f'{name}.py' for name in ('windows', 'derived', 'dense', 'attention', 'swin')]
-    files += [*SWIN_MM.glob('kernels/*.py'), *SWIN_MM.glob('checkpoints/*.py')]
-    assert len(files) >= 9
+    files = [file for folder in ('ops', 'models', 'checkpoints') for file in (SWIN_MM / folder).rglob('*.py')]
+    assert len(files) >= 15
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 assert not any(name.split('.')[0].startswith('mm') for name in names), file
-                allowed = (
-                    'swin_mm.ops.windows',
-                    'swin_mm.models.derived',
-                    'swin_mm.models.dense',
-                    'swin_mm.models.window_attention',
-                    'swin_mm.ops.attention',
-                    'swin_mm.models.swin',
-                    'swin_mm.checkpoints',
-                )
-                assert all(name.startswith(allowed) for name in names if name.startswith('swin_mm')), file
 
 
 def test_layers_start_as_in_the_official_code():

@@ -1,4 +1,13 @@
-"""Attention kernels by name, all with the signature of :func:`swin_mm.ops.attention.reference.attention`."""
+"""Attention kernels by name, all with the signature of :func:`swin_mm.ops.attention.reference.attention`.
+
+========= ==============================================================================================
+reference the definition, in elementary operators; differentiable any number of times, in any mode
+sdpa      windows gathered by index, then PyTorch's ``scaled_dot_product_attention``
+cpu       one pass in C++ (float32 and bfloat16)
+triton    one pass in Triton, for NVIDIA GPUs from Ampere on (float16, bfloat16 and float32)
+auto      the fastest of these that supports the input
+========= ==============================================================================================
+"""
 
 import logging
 from collections.abc import Callable
@@ -6,23 +15,31 @@ from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from swin_mm.ops.attention import cpu, reference, sdpa, triton
-from swin_mm.ops.windows import Size
+from swin_mm.ops.windows import Size, functorch_active
 
-_FUSED = {'cpu': cpu, 'triton': triton}
+_FUSED = {'sdpa': sdpa, 'cpu': cpu, 'triton': triton}
 _BY_DEVICE = {'cpu': 'cpu', 'cuda': 'triton'}
 
 
 def auto(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """The fastest kernel that serves: one of this package's, else PyTorch's own."""
-    name = _BY_DEVICE.get(qkv.device.type)
-    # What is exported shall run where this package is not.
-    leaves = torch.compiler.is_exporting() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    kernel = sdpa if name is None or leaves or _reason_against(name, qkv, bias, dropout) else _FUSED[name]
-    return kernel.attention(qkv, pad, bias, window, shift, scale, dropout)
+    """The fastest supported kernel.
+
+    In eager mode, float64 and forward-mode differentiation take the definition. Exported graphs, which have to run
+    without this package, take ``sdpa``.
+    """
+    name = _BY_DEVICE.get(qkv.device.type, 'sdpa')
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        name = 'sdpa'
+    elif not torch.compiler.is_compiling() and (qkv.dtype == torch.float64 or _is_transformed(qkv)):
+        return reference.attention(qkv, pad, bias, window, shift, scale, dropout)
+    elif reason_against(name, qkv, bias, dropout):
+        name = 'sdpa'
+    return _FUSED[name].attention(qkv, pad, bias, window, shift, scale, dropout)
 
 
 def require_kernel(
@@ -35,45 +52,54 @@ def require_kernel(
     scale: float | Tensor,
     dropout: float = 0.0,
 ) -> Tensor:
-    """This kernel and no other.
+    """One particular fused kernel.
 
     Raises:
-        RuntimeError: it does not serve here; the message says why.
+        RuntimeError: it does not support the input; the message says why.
     """
-    if reason := _reason_against(name, qkv, bias, dropout):
-        raise RuntimeError(f"attention={name!r} cannot be used here: {reason}; leave attention at 'auto'")
+    reason = reason_against(name, qkv, bias, dropout)
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(qkv).tangent is not None:
+        reason = 'it has no forward-mode derivative'
+    if reason:
+        raise RuntimeError(f"attention={name!r} cannot be used here: {reason}; use attention='auto' or 'reference'")
     return _FUSED[name].attention(qkv, pad, bias, window, shift, scale, dropout)
 
 
-def _reason_against(name: str, qkv: Tensor, bias: Tensor, dropout: float) -> str:
+def _is_transformed(qkv: Tensor) -> bool:
+    """Whether forward-mode differentiation or a transform of :mod:`torch.func` acts on the input."""
+    return functorch_active() or forward_ad.unpack_dual(qkv).tangent is not None
+
+
+def reason_against(name: str, qkv: Tensor, bias: Tensor, dropout: float) -> str:
+    """Why a kernel does not support these tensors, or ''. Constant in compiled code."""
     head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
-    return _unsupported_reason(name, qkv.device, qkv.dtype, head_size, dropout > 0)
+    return _as_constant(name, qkv.device, qkv.dtype, head_size, dropout > 0)
 
 
-@torch.compiler.assume_constant_result  # compilers cannot look into what it asks
-def _unsupported_reason(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    return _find_unsupported_reason(name, device, dtype, head_size, dropout)
+@torch.compiler.assume_constant_result  # compilers cannot trace the checks
+def _as_constant(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    return unsupported_reason(name, device, dtype, head_size, dropout)
 
 
 @lru_cache
-def _find_unsupported_reason(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    """Why a kernel does not serve, or nothing; said once."""
+def unsupported_reason(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
+    """Why a kernel does not support the input, or ''. Logged once."""
     reason = _FUSED[name].unsupported_reason(device, dtype, head_size, dropout) or ''
     if reason:
-        logging.getLogger('swin_mm').warning('attention without the %s kernel: %s', name, reason)
+        logging.getLogger('swin_mm').warning('the %s attention kernel is not used: %s', name, reason)
     return reason
 
 
 KERNELS: dict[str, Callable[..., Tensor]] = {
     'reference': reference.attention,
-    'sdpa': sdpa.attention,
+    'sdpa': partial(require_kernel, 'sdpa'),
     'cpu': partial(require_kernel, 'cpu'),
     'triton': partial(require_kernel, 'triton'),
 }
 
 
 def get_kernel(name: str) -> Callable[..., Tensor]:
-    """The kernel of that name; ``'auto'`` is the fastest that serves.
+    """The kernel of that name; ``'auto'`` is the fastest supported one.
 
     Raises:
         ValueError: no kernel has that name.

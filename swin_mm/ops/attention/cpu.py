@@ -1,7 +1,7 @@
-"""Window attention on a CPU in one pass, by ``window_attention.cpp``, which installation compiles.
+"""Window attention on CPUs in one pass, by ``window_attention.cpp``, which is compiled at installation.
 
-There is one build for each set of instructions that PyTorch tells apart as well. They run on PyTorch's threads, since
-both load the same OpenMP.
+There is one build per instruction set that PyTorch distinguishes. They run on PyTorch's threads, since both load the
+same OpenMP.
 """
 
 import ctypes
@@ -14,28 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swin_mm.ops.attention.derivatives import no_second_derivative, register_flops
 from swin_mm.ops.windows import MASKED, Size
 
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @lru_cache
-def _library(capability: str) -> ctypes.CDLL | None:
-    """The best build for one of the names that ``torch.backends.cpu.get_cpu_capability`` gives."""
+def find_library(capability: str) -> ctypes.CDLL | None:
+    """The best build for a value of ``torch.backends.cpu.get_cpu_capability``, or None."""
     builds = ('avx512', 'avx2', 'default')
     for name in builds[{'AVX512': 0, 'AVX2': 1}.get(capability, 2) :]:
         spec = find_spec(f'swin_mm.ops.attention._cpu_{name}')
         if spec and spec.origin:
-            with suppress(OSError):  # built on a machine that has what this one lacks
+            with suppress(OSError):  # built on another kind of machine
                 return ctypes.CDLL(spec.origin)
     return None
 
 
 def _call(name: str, qkv: Tensor, *tensors: Tensor | None, problem: tuple[float, list[int]]) -> None:
-    """Call a function of the build for this processor."""
+    """Call a function of the build for this processor.
+
+    Raises:
+        MemoryError: its scratch memory could not be allocated.
+    """
     scale, sizes = problem
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (qkv, *tensors)]
-    getattr(_library(torch.backends.cpu.get_cpu_capability()), name)(
+    out_of_memory = getattr(find_library(torch.backends.cpu.get_cpu_capability()), name)(
         DTYPES.index(qkv.dtype),
         *pointers[:4],
         ctypes.c_float(scale),
@@ -43,6 +48,11 @@ def _call(name: str, qkv: Tensor, *tensors: Tensor | None, problem: tuple[float,
         (ctypes.c_int64 * len(sizes))(*sizes),
         *pointers[4:],
     )
+    if out_of_memory:
+        raise MemoryError(
+            f'the cpu attention kernel could not allocate its scratch memory for a map of {tuple(qkv.shape)}; use '
+            'smaller images, a smaller batch or fewer threads'
+        )
 
 
 def _sizes(qkv: Tensor, heads: int, window: Sequence[int], shift: Sequence[int]) -> list[int]:
@@ -93,18 +103,20 @@ def _(grad: Tensor, qkv: Tensor, pad: Tensor, bias: Tensor, *_: Any) -> list[Ten
     return [torch.empty_like(qkv), *(torch.empty_like(t, dtype=torch.float32) for t in (pad, bias, bias[:, 0, 0]))]
 
 
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.factor, ctx.window, ctx.shift = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
     grads = _backward_op(grad, *tensors, ctx.factor, ctx.window, ctx.shift)
     return *(None if t is None else g.to(t.dtype) for g, t in zip(grads, tensors, strict=True)), None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
+_op.register_autograd(_backward, setup_context=_setup_context)
+_backward_op.register_autograd(no_second_derivative)
+register_flops('window_attention_cpu')
 
 
 def attention(
@@ -120,7 +132,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int,
     """Why :func:`attention` cannot serve such inputs, or None if it can."""
     if device.type != 'cpu':
         return f'it does not run on {device.type}'
-    if _library(torch.backends.cpu.get_cpu_capability()) is None:
+    if find_library(torch.backends.cpu.get_cpu_capability()) is None:
         return 'it is not compiled; install swin_mm where there is a C++ compiler with OpenMP'
     if dropout:
         return 'it has no dropout'

@@ -1,4 +1,4 @@
-"""Window attention as it is defined. Every other kernel is tested against this one.
+"""Window attention in elementary operators: the definition that every other kernel is tested against.
 
 B batch, (H, W) map, (Hw, Ww) window, nW windows per map, N = Hw * Ww tokens per window, C channels, h heads, d = C / h.
 """
@@ -13,16 +13,20 @@ from swin_mm.ops.windows import Size, region_mask, window_partition, window_reve
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:
-    """Turn autocast off where there is such a thing."""
+    """Disable autocast on devices that have it."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def split_heads(windows: Tensor, heads: int, scale: float | Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Queries, keys and values, each (B * nW, h, N, d), of projected windows (B * nW, N, 3C); and the scores' factor.
+    """Split projected windows (B * nW, N, 3C) into queries, keys and values, each (B * nW, h, N, d).
 
-    Cosine attention is ordinary attention on keys of length 1 and queries of length ``scale``.
+    Cosine attention (``scale`` is a tensor) becomes ordinary attention on keys of length 1 and queries of length
+    ``scale``.
+
+    Returns:
+        Queries, keys, values, and the factor that is left for the scores.
     """
     q, k, v = windows.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if not isinstance(scale, Tensor):
@@ -34,7 +38,7 @@ def split_heads(windows: Tensor, heads: int, scale: float | Tensor) -> tuple[Ten
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Scores before the softmax, (B * nW, h, N, N)."""
+    """Attention scores before the softmax, (B * nW, h, N, N)."""
     scores = (q * scale) @ k.transpose(-2, -1) + bias
     if mask is not None:
         scores = (scores.unflatten(0, (-1, mask.shape[0])) + mask[:, None]).flatten(0, 1)
@@ -44,22 +48,14 @@ def scores(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor | None, scale: float
 def weights(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How much each token attends to each other of its window, and the values.
-
-    Args:
-        qkv: see :func:`attention`, and so the others.
-        pad: as there.
-        bias: as there.
-        window: as there.
-        shift: as there.
-        scale: as there.
+    """Attention weights and values; the arguments are those of :func:`attention`.
 
     Returns:
-        (B * nW, h, N, N), each row of which sums to 1, and (B * nW, h, N, d); in at least float32.
+        Weights (B * nW, h, N, N), each row of which sums to 1, and values (B * nW, h, N, d), in float32 or float64.
     """
     mask = region_mask((qkv.shape[1], qkv.shape[2]), window, shift, qkv.device) if any(shift) else None
     q, k, v, factor = split_heads(window_partition(qkv, window, shift, pad), bias.shape[0], scale)
-    # fp16 holds numbers up to 65504, which scores exceed long before attention itself is in trouble.
+    # Scores may exceed 65504, the largest number of fp16, although the softmax is well defined.
     precise = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v.device.type):
         q, k, v, bias = (t.to(precise) for t in (q, k, v, bias))
@@ -71,20 +67,20 @@ def attention(
 ) -> Tensor:
     """Softmax attention inside windows (Swin V1, section 3.2, equation 4; V2, equation 2).
 
-    The map is padded at the bottom and right to whole windows, shifted cyclically to the top left, cut, and tokens of
-    different regions of a shifted window do not see each other. Padding is seen like any token.
+    The map is padded at the bottom and right to whole windows, shifted cyclically to the top left and partitioned.
+    Tokens of different regions of a shifted window do not attend to each other. Padding is attended to like any token.
 
     Args:
-        qkv: (B, H, W, 3C), queries, keys and values of a map's tokens, each as heads of d channels.
-        pad: (3C,), those of a padding token.
-        bias: (h, N, N), the position bias.
+        qkv: queries, keys and values of a map's tokens, (B, H, W, 3C), each as h heads of d channels.
+        pad: queries, keys and values of a padding token, (3C,).
+        bias: position bias, (h, N, N).
         window: (Hw, Ww).
-        shift: how far the windows are shifted.
-        scale: factor on the product of q and k; or for cosine attention (h,), one for each head.
-        dropout: probability of dropping an attention weight; 0 outside training.
+        shift: shift of the windows, (rows, columns).
+        scale: factor on the product of q and k; for cosine attention a tensor (h,), one factor per head.
+        dropout: probability of dropping an attention weight.
 
     Returns:
-        (B, H, W, C) in the type of ``qkv``.
+        (B, H, W, C), in the dtype of ``qkv``.
     """
     attended, v = weights(qkv, pad, bias, window, shift, scale)
     with without_autocast(v.device.type):

@@ -1,4 +1,7 @@
-"""Window attention by PyTorch's fused ``scaled_dot_product_attention``, on windows gathered by index."""
+"""Window attention by PyTorch's ``scaled_dot_product_attention``, on windows gathered by index.
+
+B batch, (H, W) map, nW windows per map, N tokens per window, C channels, h heads, d = C / h head size.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swin_mm.ops.attention.reference import split_heads
-from swin_mm.ops.windows import Size, gather_windows, region_mask, scatter_windows
+from swin_mm.ops.attention.reference import scores, split_heads, without_autocast
+from swin_mm.ops.windows import Size, gather_windows, region_mask, scatter_windows, window_map
+
+EPS = 1e-12  # of torch.nn.functional.normalize
 
 
 def attention(
@@ -17,35 +22,40 @@ def attention(
     """See :func:`swin_mm.ops.attention.reference.attention`."""
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not dropout:
         factor, factors = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
-        return _compiled(qkv, pad, bias, window, shift, factor, factors)
+        return _op(qkv, pad, bias, window, shift, factor, factors)
     size = (qkv.shape[1], qkv.shape[2])
     windows = gather_windows(qkv, window, shift, pad)
     mask = region_mask(size, window, shift, qkv.device) if any(shift) else None
     q, k, v, factor = split_heads(windows, bias.shape[0], scale)
     if mask is None:
-        added = _aligned(bias.to(q.dtype))[None]  # broadcast, never expanded
+        added = _align_rows(bias.to(q.dtype))[None]  # broadcast, never expanded
         if torch.compiler.is_exporting():
-            added = added.expand(q.shape[0], -1, -1, -1)  # else exporters would guard on there being several windows
+            added = added.expand(q.shape[0], -1, -1, -1)  # otherwise exporters guard on more than one window
     else:
         added = (bias + mask[:, None]).to(q.dtype).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
     out = F.scaled_dot_product_attention(q, k, v, added, dropout, scale=factor)
     out = out.transpose(1, 2)
     if torch.compiler.is_exporting():
-        out = out.clone(memory_format=torch.contiguous_format)  # what SDPA is replaced by lays out its result otherwise
+        out = out.clone(memory_format=torch.contiguous_format)  # the decomposition returns other strides
     return scatter_windows(out.flatten(2), size, window, shift)
 
 
-def _aligned(bias: Tensor) -> Tensor:
-    """Rows of a length that CUDA's kernels take as it is; they would copy others, once for each window."""
+def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
+    """Why :func:`attention` does not support such inputs, or None: it supports all."""
+    return None
+
+
+def _align_rows(bias: Tensor) -> Tensor:
+    """Pad rows to a multiple of 16 elements: CUDA's kernels would copy others, once per window."""
     return F.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]] if bias.is_cuda else bias
 
 
-# What compiled code calls. It sees neither windows nor padding: their symbolic sizes, nested from stage to stage, would
-# take it minutes to work out.
+# In compiled code the whole of attention is one operator. Traced through, the symbolic sizes of windows and padding,
+# nested from stage to stage, would take the compiler minutes.
 
 
 @torch.library.custom_op('swin_mm::sdpa_attention', mutates_args=())
-def _compiled(
+def _op(
     qkv: Tensor,
     pad: Tensor,
     bias: Tensor,
@@ -55,16 +65,17 @@ def _compiled(
     scales: Tensor | None,
 ) -> Tensor:
     with torch.no_grad():
-        return attention(qkv, pad, bias, tuple(window), tuple(shift), scale if scales is None else scales)
+        window, shift = (window[0], window[1]), (shift[0], shift[1])
+        return attention(qkv, pad, bias, window, shift, scale if scales is None else scales)
 
 
-@_compiled.register_fake
+@_op.register_fake
 def _(qkv: Tensor, pad: Tensor, bias: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
 @torch.library.custom_op('swin_mm::sdpa_attention_backward', mutates_args=())
-def _compiled_backward(
+def _backward_op(
     grad: Tensor,
     qkv: Tensor,
     pad: Tensor,
@@ -74,29 +85,71 @@ def _compiled_backward(
     scale: float,
     scales: Tensor | None,
 ) -> list[Tensor]:
-    inputs = [t.detach().requires_grad_() for t in (qkv, pad, bias, scales) if t is not None]
-    # PyTorch turns recording off within an operator, beyond what enable_grad turns on.
-    keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    recording = keys[1].remove(torch._C.DispatchKey.AutogradFunctionality)
-    with torch._C._ForceDispatchKeyGuard(keys[0], recording), torch.enable_grad():
-        out = attention(*inputs[:3], tuple(window), tuple(shift), scale if scales is None else inputs[3])
-        return list(torch.autograd.grad(out, inputs, grad))
+    """Gradients of qkv, pad and bias, and of scales if there are any; one image at a time, to bound the scores."""
+    grad_qkv = torch.empty_like(qkv)
+    sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (pad, bias, bias[:, 0, 0])]
+    problem = (window[0], window[1]), (shift[0], shift[1]), scale if scales is None else scales
+    for i in range(len(qkv)):
+        grad_qkv[i], *parts = _image_gradients(grad[i : i + 1], qkv[i : i + 1], pad, bias, *problem)
+        for total, part in zip(sums, parts, strict=True):
+            total += part
+    grad_pad, grad_bias, grad_scales = sums
+    result = [grad_qkv, grad_pad.to(pad.dtype), grad_bias.to(bias.dtype)]
+    return result if scales is None else [*result, grad_scales.to(scales.dtype).view_as(scales)]
 
 
-@_compiled_backward.register_fake
+def _image_gradients(
+    grad: Tensor, qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv (H, W, 3C), pad (3C,), bias (h, N, N) and the scale (h,) for one image."""
+    size, heads = (qkv.shape[1], qkv.shape[2]), bias.shape[0]
+    precise = torch.promote_types(qkv.dtype, torch.float32)
+    with torch.no_grad(), without_autocast(qkv.device.type):
+        windows = gather_windows(qkv, window, shift, pad.to(qkv.dtype)).to(precise)  # (nW, N, 3C)
+        g = gather_windows(
+            grad.contiguous(), window, shift, torch.zeros_like(pad[: pad.shape[0] // 3], dtype=qkv.dtype)
+        )
+        g = g.to(precise).unflatten(2, (heads, -1)).transpose(1, 2)  # (nW, h, N, d)
+        q, k, v = windows.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        factor = scale.to(precise).view(-1, 1, 1) if isinstance(scale, Tensor) else scale
+        lengths = None
+        if isinstance(scale, Tensor):  # cosine attention
+            lengths = [t.norm(dim=-1, keepdim=True).clamp(min=EPS) for t in (q, k)]
+            q, k = q / lengths[0], k / lengths[1]
+        mask = region_mask(size, window, shift, qkv.device) if any(shift) else None
+        p = scores(q * factor, k, bias.to(precise), mask, 1.0).softmax(-1)  # (nW, h, N, N)
+        grad_v = p.transpose(-2, -1) @ g
+        grad_s = g @ v.transpose(-2, -1)
+        grad_s = p * (grad_s - (p * grad_s).sum(-1, keepdim=True))
+        grad_q = grad_s @ k
+        grad_scale = (grad_q * q).sum((0, 2, 3))
+        grad_k = grad_s.transpose(-2, -1) @ (q * factor)
+        grad_q = grad_q * factor
+        if lengths is not None:
+            grad_q, grad_k = (
+                (gradient - unit * (unit * gradient).sum(-1, keepdim=True)) / length
+                for gradient, unit, length in zip((grad_q, grad_k), (q, k), lengths, strict=True)
+            )
+        slots = torch.stack([grad_q, grad_k, grad_v]).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # (nW * N, 3C)
+        places = window_map(size, window, shift, qkv.device)
+        grad_qkv = slots.index_select(0, places.slots).view(*size, -1)
+        return grad_qkv.to(qkv.dtype), slots.index_select(0, places.pads).sum(0), grad_s.sum(0), grad_scale
+
+
+@_backward_op.register_fake
 def _(grad: Tensor, qkv: Tensor, pad: Tensor, bias: Tensor, *rest: Any) -> list[Tensor]:
     return [torch.empty_like(t) for t in (qkv, pad, bias, rest[-1]) if t is not None]
 
 
-def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.window, ctx.shift, ctx.scale, scales = inputs
     ctx.save_for_backward(*tensors, scales)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, scales = ctx.saved_tensors
-    grads = _compiled_backward(grad, *tensors, ctx.window, ctx.shift, ctx.scale, scales)
+    grads = _backward_op(grad, *tensors, ctx.window, ctx.shift, ctx.scale, scales)
     return *grads[:3], None, None, None, grads[3] if scales is not None else None
 
 
-_compiled.register_autograd(_gradients, setup_context=_remember)
+_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,25 +1,26 @@
-"""Window attention as Triton kernels that read and write the map itself: no padded, shifted or cut copy of anything.
+"""Window attention as Triton kernels that read and write the map in place, without padded or shifted copies.
 
 B batch, (H, W) map, (Hw, Ww) window, nW windows per padded map, N = Hw * Ww, C channels, h heads, d head size.
 
-What moves through memory, in units of X = B * H * W * C elements: forward reads qkv (3) and writes the output (1);
-backward reads qkv and the output's gradient and writes the gradient of qkv (7), and where a window needs several tiles
-reads the former once for each of three kernels and the output once (16). Eager code moves about 30 forward, 15 of them
-copies for the layout and 11 scores. Beside X there are the log-sum-exp (4 bytes for each head and token), the bias,
+Memory traffic in units of X = B * H * W * C elements: the forward reads qkv (3) and writes the output (1). The
+backward reads qkv and the output's gradient and writes the gradient of qkv (7); where a window needs several tiles,
+three kernels read the inputs once each, and one reads the output (16). Eager code moves about 30 in the forward, 15 of
+them copies for the layout and 11 scores. In addition there are the log-sum-exp (4 bytes per head and token), the bias,
 which stays in the L2 cache, and partial sums for its gradient.
 
-A program serves one head, one block of the tokens of a window, and every so-many-th window, so that what belongs to the
-head (the bias and the sum of its gradient) stays in registers. Sums over programs are left in a buffer and added up
-afterwards: nothing is added atomically, and runs repeat bit for bit.
+A program processes one head, one block of a window's tokens, and every `splits`-th window, so that the bias and the sum
+of its gradient stay in registers. Partial sums go to a buffer and are added up afterwards: there are no atomics, and
+results are deterministic.
 """
 
-from __future__ import annotations  # triton's types need not be there
+from __future__ import annotations  # annotations name Triton's types, which may be missing
 
 import math
 
 import torch
 from torch import Tensor
 
+from swin_mm.ops.attention.derivatives import no_second_derivative, register_flops
 from swin_mm.ops.windows import MASKED, Size
 
 try:
@@ -28,8 +29,8 @@ try:
 except ImportError:  # not on every platform: see `unsupported_reason`
     triton = None
 
-PROGRAMS = 2048  # fill large GPUs a few times; more would only make the buffers of partial sums larger
-TILE = 64  # the most tokens on a side of a tile of scores: what registers hold
+PROGRAMS = 2048  # fills large GPUs a few times over; more would enlarge the buffers of partial sums
+TILE = 64  # largest side of a tile of scores, in tokens; limited by registers
 HEAD_SIZES = (16, 32, 64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -181,8 +182,8 @@ def _forward(
         cuts = _cuts(window, geometry, SHAPE)
         rows_i, real_i = _place(window, i, geometry, SHAPE)
         q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
-        most = tl.full([BLOCK], float('-inf'), tl.float32)
-        total = tl.zeros([BLOCK], tl.float32)
+        m_i = tl.full([BLOCK], float('-inf'), tl.float32)
+        l_i = tl.zeros([BLOCK], tl.float32)
         result = tl.zeros([BLOCK, D], tl.float32)
         for start in range(0, SLOTS, BLOCK):
             j = start + tl.arange(0, BLOCK)
@@ -191,14 +192,14 @@ def _forward(
             if BLOCK < SLOTS:
                 bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
             scores = _scores(q, _unit(k, COSINE), i, j, bias_tile, factor, cuts, SHAPE)
-            before = most
-            most = tl.maximum(before, tl.max(scores, 1))
-            weights = tl.exp2(scores - most[:, None])
-            fade = tl.exp2(before - most)
-            total = total * fade + tl.sum(weights, 1)
-            result = result * fade[:, None] + _dot(weights.to(v.dtype), v)
-        _store(out + rows_i * C + head * D, result / total[:, None], real_i, D)
-        tl.store(lse + (window * heads + head) * N + token_i, most + tl.log2(total), mask=holds_i)
+            m_prev = m_i
+            m_i = tl.maximum(m_prev, tl.max(scores, 1))
+            weights = tl.exp2(scores - m_i[:, None])
+            alpha = tl.exp2(m_prev - m_i)
+            l_i = l_i * alpha + tl.sum(weights, 1)
+            result = result * alpha[:, None] + _dot(weights.to(v.dtype), v)
+        _store(out + rows_i * C + head * D, result / l_i[:, None], real_i, D)
+        tl.store(lse + (window * heads + head) * N + token_i, m_i + tl.log2(l_i), mask=holds_i)
 
 
 @_jit
@@ -495,18 +496,20 @@ def _(grad, qkv, pad, bias, scales, out, lse, factor, window, shift):
     return torch.empty_like(qkv), torch.empty_like(pad), torch.empty_like(bias), grad_scales
 
 
-def _save(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     *tensors, ctx.factor, ctx.window, ctx.shift = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx, grad, _):
+def _backward_autograd(ctx, grad, _):
     grads = _backward_op(grad, *ctx.saved_tensors, ctx.factor, ctx.window, ctx.shift)
     return *grads[:3], None if ctx.saved_tensors[3] is None else grads[3], None, None, None
 
 
-_op.register_autograd(_differentiate, setup_context=_save)
+_op.register_autograd(_backward_autograd, setup_context=_setup_context)
+_backward_op.register_autograd(no_second_derivative)
+register_flops('window_attention')
 
 
 def attention(

@@ -1,19 +1,21 @@
 // Attention inside the windows of a map on a CPU, forward and backward: swin_mm/ops/attention/reference.py in one pass.
 //
-// Tokens are read from the map's projection where they stand and written where they belong: padding, shift and windows
-// are nothing but addresses. A thread takes one window and head after the other; what lies between the projection and
-// the result stays in the core's cache. All arithmetic is in float.
+// Tokens are read from the projected map in place and results are written in place: padding, shift and windows are index
+// arithmetic. Each thread takes one (window, head) after the other, so that scores stay in the core's cache. All
+// arithmetic is in float.
 //
-// Scores stand with keys as rows and some queries, a block, as columns, so that the softmax works on whole vectors.
+// Scores are stored with keys as rows and a block of queries as columns, so that the softmax works on whole vectors.
 // Names: N tokens per window, d head size, Np and dp those rounded up to whole vectors.
 
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 namespace {
@@ -68,8 +70,8 @@ inline float sum(Vec x) {
     return total;
 }
 
-// e^x for x <= 0: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], to 2e-7. What is below e^-87 becomes that, and what is
-// no number stays so.
+// e^x for x <= 0: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2], relative error 2e-7. Clamped to e^-87 from below; NaN
+// propagates.
 inline Vec exponential(Vec x) {
     x = x < -87.0f ? broadcast(-87.0f) : x;
     const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added rounds to an integer
@@ -129,14 +131,16 @@ void product(int rows, int columns, int depth, const float* A, int ai, int ak, c
     }
 }
 
-inline int whole(int length) { return (length + LANES - 1) / LANES * LANES; }
+inline int round_up(int length) { return (length + LANES - 1) / LANES * LANES; }
 
-// Scratch memory of one thread, aligned to cache lines.
+// Scratch memory of one thread, aligned to cache lines. Throws std::bad_alloc.
 class Scratch {
    public:
     explicit Scratch(size_t floats)
         : memory_(static_cast<float*>(std::aligned_alloc(ALIGNMENT, (floats * 4 / ALIGNMENT + 64) * ALIGNMENT))),
-          next_(memory_) {}
+          next_(memory_) {
+        if (!memory_) throw std::bad_alloc();
+    }
     ~Scratch() { std::free(memory_); }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
@@ -150,7 +154,7 @@ class Scratch {
     float *memory_, *next_;
 };
 
-// As in swin_mm/ops/attention/cpu.py.
+// The sizes that swin_mm/ops/attention/cpu.py passes, in this order.
 struct Shape {
     int64_t batch, H, W, C, heads, Hw, Ww, shift_rows, shift_columns;
 };
@@ -168,20 +172,20 @@ struct Problem {
         : qkv(qkv), pad(pad), bias(bias), scales(scales), scale(scale), masked(masked), shape(s) {
         N = s.Hw * s.Ww;
         d = s.C / s.heads;
-        Np = whole(N);
-        dp = whole(d);
+        Np = round_up(N);
+        dp = round_up(d);
         across = (s.W + s.Ww - 1) / s.Ww;
         windows = s.batch * ((s.H + s.Hw - 1) / s.Hw) * across;
     }
 };
 
-// Where the tokens of a window stand, and which see each other.
+// Positions of a window's tokens in the map, and the regions that the shift mask separates.
 template <class T>
 struct Window {
     const Problem<T>& p;
     std::vector<int64_t> token;  // place in the batch of maps, -1 for padding
     std::vector<int32_t> region;
-    bool divided;  // there are several regions
+    bool divided;  // the window has several regions
 
     explicit Window(const Problem<T>& p) : p(p), token(p.N), region(p.Np), divided(false) {}
 
@@ -251,13 +255,14 @@ void scale_rows(const Problem<T>& p, float factor, float* rows) {
     for (int64_t c = 0; c < p.N * p.dp; c += LANES) at(rows + c) *= factor;
 }
 
-// Scores of V vectors of queries, from `first` on, to attention weights before they are divided by their sums.
+// Turn the scores of V vectors of queries, from `first` on, into numerators of the softmax; `inverse` gets one over
+// their sums.
 template <int V, class T>
-void soften(const Window<T>& window, int64_t head, int64_t first, float* scores, float* inverse) {
+void softmax_numerator(const Window<T>& window, int64_t head, int64_t first, float* scores, float* inverse) {
     const Problem<T>& p = window.p;
     const float* bias = p.bias + head * p.N * p.Np + first;
-    Vec most[V], total[V] = {};
-    for (Vec& x : most) x = broadcast(-INFINITY);
+    Vec row_max[V], row_sum[V] = {};
+    for (Vec& x : row_max) x = broadcast(-INFINITY);
     for (int64_t j = 0; j < p.N; j++) {
         for (int v = 0; v < V; v++) {
             float* score = scores + j * BLOCK + v * LANES;
@@ -267,27 +272,27 @@ void soften(const Window<T>& window, int64_t head, int64_t first, float* scores,
                 x = apart ? x + p.masked : x;
             }
             at(score) = x;
-            most[v] = larger(most[v], x);
+            row_max[v] = larger(row_max[v], x);
         }
     }
     for (int64_t j = 0; j < p.N; j++) {
         for (int v = 0; v < V; v++) {
             float* score = scores + j * BLOCK + v * LANES;
-            const Vec x = exponential(at(score) - most[v]);
+            const Vec x = exponential(at(score) - row_max[v]);
             at(score) = x;
-            total[v] += x;
+            row_sum[v] += x;
         }
     }
-    for (int v = 0; v < V; v++) at(inverse + v * LANES) = 1.0f / total[v];
+    for (int v = 0; v < V; v++) at(inverse + v * LANES) = 1.0f / row_sum[v];
 }
 
 template <class T>
-void soften(const Window<T>& window, int64_t head, int64_t first, float* scores, float* inverse) {
+void softmax_numerator(const Window<T>& window, int64_t head, int64_t first, float* scores, float* inverse) {
     switch (std::min<int64_t>(BLOCK, window.p.Np - first) / LANES) {
-        case 4: return soften<4>(window, head, first, scores, inverse);
-        case 3: return soften<3>(window, head, first, scores, inverse);
-        case 2: return soften<2>(window, head, first, scores, inverse);
-        default: return soften<1>(window, head, first, scores, inverse);
+        case 4: return softmax_numerator<4>(window, head, first, scores, inverse);
+        case 3: return softmax_numerator<3>(window, head, first, scores, inverse);
+        case 2: return softmax_numerator<2>(window, head, first, scores, inverse);
+        default: return softmax_numerator<1>(window, head, first, scores, inverse);
     }
 }
 
@@ -313,8 +318,8 @@ void forward_items(const Problem<T>& p, int64_t begin, int64_t end, T* out) {
         transpose(p, q, q_t);
         for (int64_t first = 0; first < p.N; first += BLOCK) {
             const int64_t queries = std::min<int64_t>(BLOCK, p.N - first);
-            product(p.N, whole(queries), p.d, k, p.dp, 1, q_t + first, p.Np, scores, BLOCK);
-            soften(window, head, first, scores, inverse);
+            product(p.N, round_up(queries), p.d, k, p.dp, 1, q_t + first, p.Np, scores, BLOCK);
+            softmax_numerator(window, head, first, scores, inverse);
             product(queries, p.dp, p.N, scores, 1, BLOCK, v, p.dp, result, p.dp);
             for (int64_t i = 0; i < queries; i++) {
                 if (window.token[first + i] < 0) continue;
@@ -372,9 +377,9 @@ void backward_items(const Problem<T>& p, int64_t begin, int64_t end, const T* gr
         transpose(p, parts[0], q_t);
         transpose(p, g, g_t);
         for (int64_t first = 0; first < p.N; first += BLOCK) {
-            const int64_t queries = std::min<int64_t>(BLOCK, p.N - first), columns = whole(queries);
+            const int64_t queries = std::min<int64_t>(BLOCK, p.N - first), columns = round_up(queries);
             product(p.N, columns, p.d, parts[1], p.dp, 1, q_t + first, p.Np, weights, BLOCK);
-            soften(window, head, first, weights, inverse);
+            softmax_numerator(window, head, first, weights, inverse);
             product(p.N, columns, p.d, parts[2], p.dp, 1, g_t + first, p.Np, grad_scores, BLOCK);
             for (int64_t i = 0; i < columns; i += LANES) {
                 Vec mean = {};
@@ -413,9 +418,9 @@ void backward_items(const Problem<T>& p, int64_t begin, int64_t end, const T* gr
     }
 }
 
-// The bias with keys as rows, which are as long as whole vectors.
-std::vector<float> turned(const float* bias, const Shape& shape) {
-    const int64_t N = shape.Hw * shape.Ww, Np = whole(N);
+// The bias with keys as rows, each padded to whole vectors.
+std::vector<float> transposed(const float* bias, const Shape& shape) {
+    const int64_t N = shape.Hw * shape.Ww, Np = round_up(N);
     std::vector<float> result(shape.heads * N * Np);
     for (int64_t h = 0; h < shape.heads; h++)
         for (int64_t i = 0; i < N; i++)
@@ -423,22 +428,29 @@ std::vector<float> turned(const float* bias, const Shape& shape) {
     return result;
 }
 
-// Call work(begin, end, thread) on each thread's share of the items.
+// Call work(begin, end, thread) on each thread's share of the items. An exception must not leave a parallel region, so
+// that a failed allocation of any thread is thrown again behind it.
 template <class Work>
-void share(int64_t items, const Work& work) {
+void parallel_for(int64_t items, const Work& work) {
+    std::atomic<bool> out_of_memory{false};
 #pragma omp parallel
     {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
         const int64_t begin = items * thread / threads, end = items * (thread + 1) / threads;
-        if (begin < end) work(begin, end, thread);
+        try {
+            if (begin < end) work(begin, end, thread);
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
+        }
     }
+    if (out_of_memory) throw std::bad_alloc();
 }
 
 template <class T>
 void forward(const void* qkv, const void* pad, const float* bias, const float* scales, float scale, float masked,
              const Shape& shape, void* out) {
     const Problem<T> p(static_cast<const T*>(qkv), static_cast<const T*>(pad), bias, scales, scale, masked, shape);
-    share(p.windows * shape.heads,
+    parallel_for(p.windows * shape.heads,
           [&](int64_t begin, int64_t end, int64_t) { forward_items(p, begin, end, static_cast<T*>(out)); });
 }
 
@@ -448,7 +460,7 @@ void backward(const void* qkv, const void* pad, const float* bias, const float* 
               float* grad_scales) {
     const Problem<T> p(static_cast<const T*>(qkv), static_cast<const T*>(pad), bias, scales, scale, masked, shape);
     std::vector<std::vector<float>> all(omp_get_max_threads());
-    share(p.windows * shape.heads, [&](int64_t begin, int64_t end, int64_t thread) {
+    parallel_for(p.windows * shape.heads, [&](int64_t begin, int64_t end, int64_t thread) {
         backward_items(p, begin, end, static_cast<const T*>(grad), static_cast<T*>(grad_qkv), all[thread]);
     });
     for (const auto& sums : all) {  // one after the other, so that repeated runs give the same bits
@@ -466,23 +478,34 @@ void backward(const void* qkv, const void* pad, const float* bias, const float* 
 
 }  // namespace
 
-// Types: 0 float, 1 bfloat16. Sums (of pad, bias and scales) are added to what is there.
+// Types: 0 float, 1 bfloat16. Gradients of pad, bias and scales are added to what the buffers hold.
+// Both functions return 0, or 1 if memory could not be allocated.
 
-extern "C" void swin_mm_attention(int type, const void* qkv, const void* pad, const float* bias, const float* scales,
+extern "C" int swin_mm_attention(int type, const void* qkv, const void* pad, const float* bias, const float* scales,
                                   float scale, float masked, const int64_t* sizes, void* out) {
     Shape shape;
     std::memcpy(&shape, sizes, sizeof shape);
-    const auto by_key = turned(bias, shape);
-    (type ? forward<BFloat16> : forward<float>)(qkv, pad, by_key.data(), scales, scale, masked, shape, out);
+    try {
+        const auto by_key = transposed(bias, shape);
+        (type ? forward<BFloat16> : forward<float>)(qkv, pad, by_key.data(), scales, scale, masked, shape, out);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }
 
-extern "C" void swin_mm_attention_backward(int type, const void* qkv, const void* pad, const float* bias,
+extern "C" int swin_mm_attention_backward(int type, const void* qkv, const void* pad, const float* bias,
                                            const float* scales, float scale, float masked, const int64_t* sizes,
                                            const void* grad, void* grad_qkv, float* grad_pad, float* grad_bias,
                                            float* grad_scales) {
     Shape shape;
     std::memcpy(&shape, sizes, sizeof shape);
-    const auto by_key = turned(bias, shape);
-    (type ? backward<BFloat16> : backward<float>)(qkv, pad, by_key.data(), scales, scale, masked, shape, grad, grad_qkv,
-                                                  grad_pad, grad_bias, grad_scales);
+    try {
+        const auto by_key = transposed(bias, shape);
+        (type ? backward<BFloat16> : backward<float>)(qkv, pad, by_key.data(), scales, scale, masked, shape, grad,
+                                                      grad_qkv, grad_pad, grad_bias, grad_scales);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
 }

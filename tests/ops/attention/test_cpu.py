@@ -1,6 +1,9 @@
 """The CPU kernel against the definition in fp64, for each set of instructions it is built for."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,7 +70,7 @@ def test_bfloat16_is_rounded_once_to_the_nearest(build):
 
 
 @pytest.mark.parametrize('dtype', cpu.DTYPES)
-def test_what_is_no_number_stays_so_and_stays_in_its_window(build, dtype):
+def test_nan_and_inf_propagate_within_their_window(build, dtype):
     qkv, pad, bias, scale = inputs(dtype, (4, 6), (2, 3))
     qkv = qkv.detach().clone()
     qkv[0, 0, 0, 0] = torch.nan  # a query
@@ -90,7 +93,7 @@ def test_runs_repeat_bit_for_bit():
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def test_threads_share_the_work():
+def test_result_does_not_depend_on_the_number_of_threads():
     tensors = inputs(torch.float32, (40, 61), (3, 4), True)
     runs, threads = [], torch.get_num_threads()
     try:
@@ -104,40 +107,83 @@ def test_threads_share_the_work():
 
 
 @pytest.mark.parametrize('cosine', [False, True])
-def test_the_operator_behaves(cosine):
+def test_operator_passes_opcheck(cosine):
     qkv, pad, bias, scale = inputs(torch.float32, (5, 7), (2, 3), cosine)
-    torch.library.opcheck(cpu._op, (qkv, pad, bias, scale if cosine else None, 0.3, [2, 3], [1, 1]))
+    torch.library.opcheck(
+        torch.ops.swin_mm.window_attention_cpu, (qkv, pad, bias, scale if cosine else None, 0.3, [2, 3], [1, 1])
+    )
 
 
-def test_auto_is_it_where_it_serves(monkeypatch, caplog):
+def test_auto_takes_it_where_it_is_supported(monkeypatch, caplog):
     tensors = inputs(torch.float32, (5, 7), (2, 3))
     arguments = *tensors[:3], (2, 3), (1, 1), tensors[3]
     assert torch.equal(get_kernel('auto')(*arguments), cpu.attention(*arguments))
-    with pytest.raises(RuntimeError, match="attention='cpu' .*float64; leave attention at 'auto'"):
+    with pytest.raises(RuntimeError, match="attention='cpu' .*float64; use attention='auto' or 'reference'"):
         get_kernel('cpu')(tensors[0].double(), *arguments[1:])
 
-    monkeypatch.setattr(cpu, '_library', lambda _: None)
-    kernels._find_unsupported_reason.cache_clear()
+    monkeypatch.setattr(cpu, 'find_library', lambda _: None)
+    kernels.unsupported_reason.cache_clear()
     caplog.clear()
     with caplog.at_level(logging.WARNING, 'swin_mm'):
         outs = [get_kernel('auto')(*arguments) for _ in range(2)]
-    kernels._find_unsupported_reason.cache_clear()
+    kernels.unsupported_reason.cache_clear()
     assert torch.equal(outs[0], kernels.sdpa.attention(*arguments))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and 'not compiled' in messages[0] and 'C++ compiler' in messages[0]
 
 
-def test_a_lesser_build_serves_where_the_best_is_not_there(monkeypatch):
+def test_next_build_is_used_where_the_best_is_missing(monkeypatch):
     find, tried = cpu.find_spec, []
     monkeypatch.setattr(cpu, 'find_spec', lambda name: tried.append(name) or (None if 'avx512' in name else find(name)))
-    library = cpu._library.__wrapped__('AVX512')
+    library = cpu.find_library.__wrapped__('AVX512')
     assert [name.rpartition('_')[2] for name in tried] == ['avx512', 'avx2'] and 'avx2' in library._name
 
 
-def test_exported_code_does_not_need_it():
+def test_exported_code_does_not_depend_on_it():
     qkv, pad, bias, scale = (
         t if not isinstance(t, torch.Tensor) else t.detach() for t in inputs(torch.float32, (4, 6), (2, 3))
     )
     traced = torch.jit.trace(lambda x: get_kernel('auto')(x, pad, bias, (2, 3), (1, 1), scale), qkv, check_trace=False)
     assert 'swin_mm::' not in str(traced.graph)
     check([traced(qkv)], [cpu.attention(qkv, pad, bias, (2, 3), (1, 1), scale)], 1e-5)
+
+
+SHORTAGE = """
+import resource, sys, torch
+from swin_mm.ops.attention import cpu
+torch.set_num_threads(2)
+torch.ones(1 << 20).sum()  # start the threads before memory becomes short
+window = (48, 48)
+qkv = torch.randn(1, 48, 48, 3 * 64, requires_grad=True)
+pad, bias = torch.randn(3 * 64), torch.randn(2, 2304, 2304)
+arguments = pad, bias, window, (0, 0), 0.2
+out = cpu.attention(qkv, *arguments)
+with open('/proc/self/statm') as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+for megabytes in [1, 10, 20, 40, 60, 80, 100, 120, 140, 160, 180, 200]:
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
+    for name, call in {'forward': lambda: cpu.attention(qkv, *arguments),
+                       'backward': lambda: torch.autograd.grad(out.sum(), qkv, retain_graph=True)}.items():
+        try:
+            call()
+            print(name, 'ok')
+        except (MemoryError, RuntimeError) as error:
+            print(name, type(error).__name__, str(error)[:60])
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert torch.equal(cpu.attention(qkv, *arguments), out)
+print('survived')
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the address space by RLIMIT_AS')
+def test_shortage_of_memory_is_an_exception():
+    """Forward and backward at rising limits: each call either succeeds or raises, and the process lives on."""
+    if cpu.unsupported_reason(torch.device('cpu'), torch.float32, 32, False):
+        pytest.skip('not compiled')
+    environment = {**os.environ, 'MALLOC_ARENA_MAX': '1'}
+    run = subprocess.run([sys.executable, '-c', SHORTAGE], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip().endswith('survived')
+    for name in ('forward', 'backward'):
+        assert f'{name} MemoryError the cpu attention kernel could not allocate' in run.stdout, run.stdout
+        assert f'{name} ok' in run.stdout, run.stdout

@@ -157,7 +157,7 @@ def test_refusals_say_why(monkeypatch):
 def test_the_kernel_by_name_is_it_or_an_error():
     args = inputs(LAYOUTS['7x7'])
     assert torch.equal(get_kernel('triton')(*args), kernel.attention(*args))
-    with pytest.raises(RuntimeError, match="float64; leave attention at 'auto'"):
+    with pytest.raises(RuntimeError, match="float64; use attention='auto' or 'reference'"):
         get_kernel('triton')(args[0].double(), *args[1:])
 
 

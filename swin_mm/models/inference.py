@@ -1,0 +1,335 @@
+"""A frozen copy of a model that computes the same features faster.
+
+:func:`optimize_for_inference` packs the weights of linear layers for oneDNN, computes position biases once, fuses GELU
+into the product before it, and runs each block on tiles of rows whose intermediate results stay in the CPU's cache. All
+of this would silently use outdated numbers if a weight changed, or bypass what a user attached to a module. Therefore
+it is done in this frozen copy only, which has no parameters and refuses to be trained, loaded or converted.
+
+B batch, (H, W) map, C channels.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NoReturn, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swin_mm.models.swin import Mlp, SwinBlock, SwinBlockV2, SwinPyramid
+from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2, has_hooks, is_plain_linear
+from swin_mm.ops.windows import Size, tracing
+
+TILE_TOKENS = 8192  # tokens of a map that a block processes at a time on a CPU
+
+
+def optimize_for_inference(model: nn.Module) -> nn.Module:
+    """Return a frozen, faster copy of a Swin backbone, or of a model with Swin backbones.
+
+    The copy is in evaluation mode and computes what ``model.eval()`` computes under ``torch.no_grad()``, to rounding.
+    Its backbone has no parameters and no state dict: ``train()``, ``load_state_dict()``, ``state_dict()`` and
+    conversions by ``.to()`` raise. To change weights, dtype or device, change the original model and call this function
+    again. On CPUs the gain is largest; on other devices it saves casts of weights and position biases.
+
+    Args:
+        model: a :class:`swin_mm.models.swin.SwinPyramid`, or any module that contains some. It is not changed.
+
+    Returns:
+        The frozen copy; it holds its own copies of all weights.
+
+    Raises:
+        TypeError: the model contains no Swin backbone of this package.
+        ValueError: a module of the backbone has hooks, which the frozen copy would not call.
+
+    Example:
+        >>> from swin_mm.models.swin import SwinPyramid
+        >>> frozen = optimize_for_inference(SwinPyramid())
+        >>> [tuple(m.shape) for m in frozen(torch.rand(1, 3, 224, 224))]
+        [(1, 96, 56, 56), (1, 192, 28, 28), (1, 384, 14, 14), (1, 768, 7, 7)]
+    """
+    backbones = [(name, module) for name, module in model.named_modules() if isinstance(module, SwinPyramid)]
+    if not backbones:
+        raise TypeError(
+            f'{type(model).__name__} contains no Swin backbone of swin_mm; pass a model whose backbone has the type '
+            'swin_mm.SwinTransformer or swin_mm.SwinTransformerV2'
+        )
+    for prefix, backbone in backbones:
+        for name, module in backbone.named_modules(prefix=prefix):
+            if has_hooks(module):
+                raise ValueError(
+                    f'{name or type(module).__name__} has hooks, which a frozen model would not call; remove them '
+                    '(handle.remove(), prune.remove, remove_weight_norm) or use the model as it is'
+                )
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if isinstance(model, SwinPyramid):
+        return FrozenSwin(model)
+    for name, _ in backbones:
+        parent, _, attribute = name.rpartition('.')
+        setattr(model.get_submodule(parent), attribute, FrozenSwin(cast(SwinPyramid, model.get_submodule(name))))
+    return model
+
+
+class FrozenSwin(nn.Module):
+    """A Swin backbone for inference alone; made by :func:`optimize_for_inference`.
+
+    Args:
+        backbone: in evaluation mode, without hooks. It belongs to this module afterwards.
+    """
+
+    def __init__(self, backbone: SwinPyramid) -> None:
+        super().__init__()
+        self.num_features = backbone.num_features
+        self.out_indices = backbone.out_indices
+        self._weight = backbone.patch_embed.proj.weight.detach()
+        for stage in backbone.layers:
+            stage.blocks = nn.ModuleList(map(_freeze_block, stage.blocks))
+            if stage.downsample is not None and is_plain_linear(stage.downsample.reduction):
+                stage.downsample.reduction = PackedLinear.of(stage.downsample.reduction)
+        self._hidden = (backbone,)  # in a tuple, so that it is not a child, whose parameters this module would have
+        self.training = False
+
+    @property
+    def backbone(self) -> SwinPyramid:
+        """The optimised modules."""
+        return self._hidden[0]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Feature maps of an image, see :meth:`swin_mm.models.swin.SwinPyramid.forward`. No gradients are recorded.
+
+        Raises:
+            RuntimeError: the image requires a gradient.
+        """
+        if torch.is_grad_enabled() and image.requires_grad:
+            _refuse('give gradients')
+        with torch.no_grad():
+            return self.backbone(image)
+
+    def train(self, mode: bool = True) -> 'FrozenSwin':
+        """Do nothing for ``mode=False``.
+
+        Raises:
+            RuntimeError: ``mode`` is true.
+        """
+        if mode:
+            _refuse('be trained')
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'FrozenSwin':
+        moved = fn(self._weight)
+        if moved.dtype != self._weight.dtype or moved.device != self._weight.device:
+            _refuse(f'be converted to {moved.dtype} on {moved.device}')
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse('load a state dict')
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _refuse('be saved')
+
+
+def _refuse(what: str) -> NoReturn:
+    raise RuntimeError(
+        f'a model from optimize_for_inference cannot {what}: it is frozen; do that to the original model, then call '
+        'optimize_for_inference again'
+    )
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is stored in oneDNN's layout, and cast once where autocast asks for another dtype.
+
+    Args:
+        weight: (out_features, in_features); must not be written to afterwards.
+        bias: (out_features,) or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight = weight.detach()
+        self._bias = None if bias is None else bias.detach()
+        self._packed: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    @classmethod
+    def of(cls, layer: nn.Linear) -> 'PackedLinear':
+        """Pack a linear layer."""
+        return cls(layer.weight, layer.bias)
+
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """(..., in_features) -> (..., out_features), followed by GELU if asked for."""
+        if tracing():
+            out = F.linear(x, self._weight, self._bias)
+            return F.gelu(out) if gelu else out
+        dtype = _product_dtype(x)
+        if dtype not in self._packed:
+            weight, bias = self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype)
+            self._packed[dtype] = (_mkldnn().reorder(weight) if _onednn_supports(x, dtype) else weight, bias)
+        weight, bias = self._packed[dtype]
+        if weight.is_mkldnn:
+            return _mkldnn().linear(x.to(dtype), weight, bias, gelu)
+        out = F.linear(x.to(dtype), weight, bias)
+        return F.gelu(out) if gelu else out
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), '_packed': {}}  # tensors in oneDNN's layout can be neither copied nor pickled
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes."""
+    kind = x.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if mixed else x.dtype
+
+
+class _Mkldnn:
+    """PyTorch's oneDNN operators for linear layers. They are private: compiled code uses them."""
+
+    def __init__(self) -> None:
+        ops = torch.ops.mkldnn
+        self._linear, self._reorder = ops._linear_pointwise, ops._reorder_linear_weight
+        self.has_bf16 = ops._is_mkldnn_bf16_supported()
+        self.linear(torch.zeros(2, 2), self.reorder(torch.zeros(2, 2)), None, True)  # the signatures are as expected
+
+    def reorder(self, weight: Tensor) -> Tensor:
+        return self._reorder(weight)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        return self._linear(x, weight, bias, 'gelu' if gelu else 'none', [], 'none')
+
+
+@cache
+def find_mkldnn() -> _Mkldnn | None:
+    """PyTorch's oneDNN operators, or None where they are missing or differ: then ``F.linear`` does the work."""
+    try:
+        return _Mkldnn() if torch.backends.mkldnn.is_available() else None
+    except Exception:  # another version or build of PyTorch
+        return None
+
+
+def _mkldnn() -> _Mkldnn:
+    found = find_mkldnn()
+    assert found is not None
+    return found
+
+
+def _onednn_supports(x: Tensor, dtype: torch.dtype) -> bool:
+    found = find_mkldnn() if x.is_cpu and x.numel() else None
+    return found is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and found.has_bf16))
+
+
+class FrozenAttention(nn.Module):
+    """Window attention with packed projections and position biases that are computed once.
+
+    Args:
+        attn: with plain linear layers.
+    """
+
+    def __init__(self, attn: WindowAttention) -> None:
+        super().__init__()
+        self.window = attn.window
+        self.attention_fn = attn.attention_fn
+        self._qkv_bias = attn.qkv_bias()
+        self.qkv = PackedLinear(attn.qkv.weight, self._qkv_bias)
+        self.proj = PackedLinear.of(attn.proj)
+        self._scale = attn.score_scale()
+        self._position_bias = attn.position_bias
+        self._biases: dict[Size, Tensor] = {}
+
+    def forward(self, x: Tensor, window: Size, shift: Size = (0, 0)) -> Tensor:
+        """See :meth:`swin_mm.models.window_attention.WindowAttention.forward`."""
+        if tracing():
+            bias = self._position_bias(window)
+        else:
+            if window not in self._biases:
+                self._biases[window] = self._position_bias(window)
+            bias = self._biases[window]
+        qkv = self.qkv(x)
+        pad = qkv.new_zeros(qkv.shape[-1]) if self._qkv_bias is None else self._qkv_bias.to(qkv.dtype)
+        return self.proj(self.attention_fn(qkv, pad, bias, window, shift, self._scale))
+
+
+class FrozenMlp(nn.Module):
+    """An MLP with packed weights and GELU fused into the first product.
+
+    Args:
+        mlp: with plain linear layers and exact GELU.
+    """
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        self.fc1 = PackedLinear.of(mlp.fc1)
+        self.fc2 = PackedLinear.of(mlp.fc2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.fc2(self.fc1(x, gelu=True))
+
+
+class TiledBlock(nn.Module):
+    """A Swin block that runs on tiles of rows, so that intermediate results stay in the CPU's cache.
+
+    Args:
+        block: all of whose layers but attention treat each token by itself.
+    """
+
+    def __init__(self, block: SwinBlock) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the block to a map, (B, H, W, C) -> (B, H, W, C)."""
+        if not x.is_cpu or tracing() or x.shape[0] * x.shape[1] * x.shape[2] <= TILE_TOKENS:
+            return self.block(x)
+        B, H, W, _ = x.shape
+        window, shift = self.block.effective_window((H, W))
+        images, windows = max(TILE_TOKENS // (H * W), 1), max(TILE_TOKENS // (window[0] * W), 1)
+        out = torch.empty_like(x)
+        for first in range(0, B, images):
+            batch, result = x[first : first + images], out[first : first + images]
+            for rows, row_shift in tiles(H, window[0], shift[0], windows):
+                tile = torch.cat([batch[:, r] for r in rows], 1) if len(rows) > 1 else batch[:, rows[0]]
+                tile = self.block.forward_windows(tile, window, (row_shift, shift[1]))
+                for r, part in zip(rows, tile.split([r.stop - r.start for r in rows], 1), strict=True):
+                    result[:, r] = part
+        return out
+
+
+def tiles(height: int, window: int, shift: int, count: int) -> Iterator[tuple[list[slice], int]]:
+    """Rows of a map on which a block can run independently of the others.
+
+    Args:
+        height: H.
+        window: Hw.
+        shift: shift of the windows, in rows.
+        count: rows of windows per tile.
+
+    Yields:
+        The rows of a tile, as one slice, or as two where shifted windows join the top and the bottom of the map; and
+        the shift to use on them.
+    """
+    if height <= count * window:
+        yield [slice(0, height)], shift
+        return
+    end = shift + (height - shift) // window * window  # end of the last whole window
+    for start in range(shift, end, count * window):
+        yield [slice(start, min(start + count * window, end))], 0
+    if shift:
+        yield [slice(0, shift), slice(end, height)], shift
+    elif end < height:
+        yield [slice(end, height)], 0
+
+
+def _freeze_block(block: nn.Module) -> nn.Module:
+    """Optimise a block if all of its parts are known; otherwise return it as it is."""
+    if type(block) not in (SwinBlock, SwinBlockV2):
+        return block
+    block = cast(SwinBlock, block)
+    attn, mlp = block.attn, block.mlp
+    if type(attn) not in (WindowAttention, WindowAttentionV2) or type(mlp) is not Mlp:
+        return block
+    if not all(map(is_plain_linear, (attn.qkv, attn.proj, mlp.fc1, mlp.fc2))):
+        return block
+    if not type(block.norm1) is type(block.norm2) is nn.LayerNorm or type(mlp.act) is not nn.GELU:
+        return block
+    block.attn = FrozenAttention(attn)  # type: ignore[assignment]
+    block.mlp = FrozenMlp(mlp) if mlp.act.approximate == 'none' else mlp
+    return TiledBlock(block)

@@ -1,0 +1,42 @@
+"""What the fused kernels tell PyTorch about themselves: no second derivative, and how many operations they take."""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+
+def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    """Backward of a kernel's backward.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "the fused attention kernels have no second derivative; build the model with attention='reference', or in "
+        "float64, where 'auto' chooses it"
+    )
+
+
+def register_flops(name: str) -> None:
+    """Have PyTorch's ``FlopCounterMode`` count the matrix products of ``swin_mm::name`` and its backward.
+
+    The operators take ``(qkv, pad, bias, ..., window, shift)``, the backward the gradient before these.
+    """
+    namespace = torch.ops.swin_mm
+
+    @register_flop_formula(getattr(namespace, name))
+    def forward(qkv: Sequence[int], pad: Any, bias: Sequence[int], *rest: Any, **_: Any) -> int:
+        return 2 * _product(qkv, bias, rest[-2])
+
+    @register_flop_formula(getattr(namespace, f'{name}_backward'))
+    def backward(grad: Any, qkv: Sequence[int], pad: Any, bias: Sequence[int], *rest: Any, **_: Any) -> int:
+        return 5 * _product(qkv, bias, rest[-2])  # the scores once more, and four gradients
+
+
+def _product(qkv: Sequence[int], bias: Sequence[int], window: Sequence[int]) -> int:
+    """Operations of one (N, N) x (N, d) product in all windows and heads; a multiply-add is two."""
+    batch, height, width, channels = qkv
+    windows = batch * -(-height // window[0]) * -(-width // window[1])
+    return 2 * windows * bias[1] * bias[2] * channels // 3
