@@ -10,7 +10,7 @@ from swin_mm.checkpoints import adapt
 
 # In float64 the implementations agree to rounding. In float32 both are compared with mmdet's in float64: our error may be
 # a few times theirs, whatever the processor's order of additions makes of either.
-LIMIT_FLOAT64, TIMES, FLOOR = 1e-10, 6, 2e-6
+LIMIT_FLOAT64, TIMES, FLOOR = 1e-10, 4, 4e-6
 
 # Every pair of remainders of the first map modulo the window of 7; H is never W.
 REMAINDERS = [(4 * (7 + r), 4 * (14 + s)) for r in range(7) for s in range(7)]
@@ -49,8 +49,10 @@ def errors(actual: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, flo
     result = {}
     for name, value in actual.items():
         assert value.isnan().all() == exact[name].isnan().all(), f'only one of the two trains {name}'
-        if not value.isnan().all():
+        if exact[name].any() and not value.isnan().all():
             result[name] = relative_error([value], [exact[name]])
+        elif not value.isnan().all():
+            assert not value.any(), f'{name} has a gradient, which should be zero'
     return result
 
 
@@ -58,10 +60,11 @@ def assert_equal(theirs: nn.Module, ours: nn.Module, size: tuple[int, int], batc
     exact = run(theirs, ours, size, torch.float64, batch)
     name, error = max(errors(run(ours, ours, size, torch.float64, batch), exact).items(), key=lambda item: item[1])
     assert error <= LIMIT_FLOAT64, f'{name} deviates by {error:.2e} at {size} in float64'
-    allowed = errors(run(theirs, ours, size, torch.float32, batch), exact)
-    for name, error in errors(run(ours, ours, size, torch.float32, batch), exact).items():
-        limit = TIMES * allowed[name] + FLOOR
-        assert error <= limit, f"{name} deviates by {error:.2e} at {size} in float32, mmdet's by {allowed[name]:.2e}"
+    theirs_worst = max(errors(run(theirs, ours, size, torch.float32, batch), exact).values())
+    name, error = max(errors(run(ours, ours, size, torch.float32, batch), exact).items(), key=lambda item: item[1])
+    assert error <= TIMES * theirs_worst + FLOOR, (
+        f"{name} deviates by {error:.2e} at {size} in float32, mmdet's Swin by {theirs_worst:.2e} at most"
+    )
 
 
 @pytest.fixture(scope='module')
