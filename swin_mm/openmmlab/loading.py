@@ -1,21 +1,107 @@
-"""Checks that a checkpoint covers a whole model, or a whole training run, before mmengine loads it.
+"""Reading mmengine's checkpoints, and checking that one covers a whole model or a whole training run.
 
 mmengine's loader prints missing and unexpected keys and goes on, so that a test would report the metrics of a random
-head. These checks raise instead.
+head. The checks here raise instead.
 """
 
+import contextlib
 import copy
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from mmengine.fileio import get_local_path
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import Tensor, nn
 
+from swin_mm.checkpoints import files, unwrap
+from swin_mm.checkpoints.pickles import Callee, Unfinished, UnknownName
 from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.registry import HOOKS
 from swin_mm.utils.errors import CheckpointError
+
+
+def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
+    """Read a checkpoint as :func:`swin_mm.checkpoints.read_checkpoint` does, and also what mmengine knows.
+
+    That is the log histories in its training checkpoints, and addresses of its file backends.
+
+    Args:
+        source: a path, or an address of http(s), ``hf://`` or any file backend of mmengine.
+        map_location: where tensors go, as for ``torch.load``.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint, damaged, or it would run code.
+    """
+    return files.read_checkpoint(source, map_location, names=NAMES, fetch=fetch)
+
+
+def read_for_mmengine(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Read a checkpoint for mmengine's ``CheckpointLoader``: the state dict under ``state_dict``, and no code.
+
+    ``Runner.resume`` executes the config that a checkpoint carries as text, ``meta.config``, to look for ``gpu_ids``;
+    it is left out here.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`.
+    """
+    content = read_checkpoint(filename, map_location or 'cpu')
+    if not (isinstance(content, dict) and isinstance(content.get('state_dict'), dict)):
+        return {'state_dict': unwrap(content)}
+    meta = content.get('meta')
+    if isinstance(meta, dict):
+        content = content | {'meta': {key: value for key, value in meta.items() if key != 'config'}}
+    return content
+
+
+def fetch(source: str) -> AbstractContextManager[Path]:
+    """The local path of a checkpoint, valid inside the context; mmengine's file backends are asked for other schemes.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    scheme, colon, _ = source.partition('://')
+    return files.fetch(source) if not colon or scheme in ('http', 'https', 'hf') else _from_backend(source)
+
+
+@contextlib.contextmanager
+def _from_backend(address: str) -> Iterator[Path]:
+    with get_local_path(address) as path:
+        yield Path(path)
+
+
+class _History(Unfinished):
+    """Stands in for an empty ``HistoryBuffer``."""
+
+    def build(self, state: Any) -> HistoryBuffer:
+        """The log history of a pickled state."""
+        values, counts, length = (state.get(key) for key in ('_log_history', '_count_history', 'max_length'))
+        arrays = isinstance(values, np.ndarray) and isinstance(counts, np.ndarray) and values.shape == counts.shape
+        if not (arrays and values.ndim == 1 and isinstance(length, int)):
+            raise ValueError('a malformed log history')
+        history = HistoryBuffer()
+        history.__setstate__({'_log_history': values, '_count_history': counts, 'max_length': length})
+        return history
+
+
+def _history_method(owner: Any, name: Any) -> None:
+    """What log histories use ``getattr`` for; mmengine sets these methods anyway."""
+    if not (isinstance(owner, Callee) and owner.function is _History and str(name).isidentifier()) or name[0] == '_':
+        raise UnknownName(f'getattr of {name}')
+
+
+# What mmengine's training checkpoints name beside plain data.
+NAMES = {
+    f'{HistoryBuffer.__module__}.HistoryBuffer': _History,
+    'builtins.getattr': _history_method,
+    '__builtin__.getattr': _history_method,
+}
 
 
 def require_complete(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
