@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, TARGETS, Naming
+from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, STAGES, TARGETS, Naming
 from swin_mm.checkpoints.pickles import HEADROOM, MAX_EXPANSION
 from swin_mm.models.swin import ARCHS
 from swin_mm.ops.windows import log_spaced_offsets, region_mask, relative_index
@@ -80,7 +80,7 @@ class Variant:
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> 'Variant':
         """Read the sizes off a state dict in our names."""
-        found = (re.match(r'layers\.(\d+)\.blocks\.(\d+)\.', key) for key in state)
+        found = (re.match(r'layers\.(\d{1,15})\.blocks\.(\d{1,15})\.', key) for key in state)
         blocks = {(int(m[1]), int(m[2])) for m in found if m}
         for number in (number for block in blocks for number in block):
             if number >= len(state):  # or few keys would claim a model of any size
@@ -117,6 +117,8 @@ class Variant:
     def __str__(self) -> str:
         if self.arch:
             return f'Swin-{self.arch.upper()} V{self.version}'
+        if len(self.depths) > STAGES:
+            return f'Swin V{self.version} with {len(self.depths)} stages'
         sizes = f'embed_dims={self.embed_dims}, depths={self.depths}, num_heads={self.num_heads}'
         return f'Swin V{self.version} with {sizes}'
 
@@ -345,6 +347,47 @@ def convert(
     # A part of a larger tensor would be saved with all of it.
     result = {key: value.clone(memory_format=torch.contiguous_format) for key, value in result.items()}
     return {naming.root_key: result} if naming.root_key else result, dropped
+
+
+def transformers_config(contents: Contents, windows: Sequence[int] | None = None) -> dict[str, Any]:
+    """The ``config.json`` with which transformers' ``from_pretrained`` reads what :func:`convert` makes.
+
+    Args:
+        contents: what :func:`parse` returned.
+        windows: per stage, for V2 weights of a naming that does not tell.
+
+    Raises:
+        CheckpointError: the window is unknown.
+    """
+    variant, state, told = contents.variant, contents.state, contents.windows()
+    sides = [window if window else (windows[i],) * 2 if windows else (0, 0) for i, window in enumerate(told)]
+    if not all(window for window, _ in sides):
+        raise CheckpointError('the config needs the window, which the file does not tell: give --window')
+    norms = sorted(int(key[4:-7]) for key in state if re.fullmatch(r'norm\d+\.weight', key))
+    kind = 'ForImageClassification' if 'head.weight' in state else 'Backbone' if norms else 'Model'
+    config = {
+        'model_type': 'swin' if variant.version == 1 else 'swinv2',
+        'architectures': [f'Swin{"v2" * (variant.version == 2)}{kind}'],
+        # In every published model the last window is as large as the last map.
+        'image_size': variant.patch * 2 ** (len(sides) - 1) * sides[-1][0],
+        'patch_size': variant.patch,
+        'num_channels': variant.in_channels,
+        'embed_dim': variant.embed_dims,
+        'depths': list(variant.depths),
+        'num_heads': list(variant.num_heads),
+        'window_size': max(window for window, _ in sides),
+        'mlp_ratio': len(state['layers.0.blocks.0.mlp.fc1.weight']) / variant.embed_dims,
+        'qkv_bias': any(key.endswith(('attn.qkv.bias', 'attn.q_bias')) for key in state),
+        'use_absolute_embeddings': 'absolute_pos_embed' in state,
+        'layer_norm_eps': 1e-5,
+    }
+    if variant.version == 2:
+        config['pretrained_window_sizes'] = [whole if whole != window else 0 for window, whole in sides]
+    if 'head.weight' in state:
+        config['num_labels'] = len(state['head.weight'])
+    if norms:
+        config['out_features'] = [f'stage{i + 1}' for i in norms]
+    return config
 
 
 def meaning(name: str, table: Sequence[tuple[str, str]]) -> str | None:

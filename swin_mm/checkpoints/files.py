@@ -193,9 +193,14 @@ def _what_else(head: bytes) -> str:
 
 
 def _read_safetensors(path: Path, place: Callable[[Tensor, str], Tensor]) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
-    return {key: place(value, 'cpu') for key, value in load_file(path).items()}
+    try:
+        os.fspath(path).encode()
+        state = load_file(path)
+    except UnicodeEncodeError:  # the library opens only files whose names are UTF-8
+        state = load(path.read_bytes())
+    return {key: place(value, 'cpu') for key, value in state.items()}
 
 
 def _is_older_torch(head: bytes) -> bool:
@@ -223,18 +228,14 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str], f
     check_writable(path, force)
     with atomic_write(path) as part:
         if path.suffix == '.safetensors':
-            from safetensors import SafetensorError
-            from safetensors.torch import save_file
+            from safetensors.torch import save
 
-            try:
-                save_file(dict(content), part, metadata={'format': 'pt'})
-            except SafetensorError as error:
-                raise InputError(f'{path} cannot be written: {_first_line(error)}') from error
-        else:
-            try:
-                torch.save(content, part)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise InputError(f'{path} cannot be written: {_first_line(error)}') from error
+            part.write_bytes(save(dict(content), metadata={'format': 'pt'}))
+            return
+        try:
+            torch.save(content, part)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise InputError(f'{path} cannot be written: {_first_line(error)}') from error
 
 
 def check_writable(path: Path, force: bool) -> None:

@@ -32,7 +32,7 @@ class Report:
         resized: those whose shape was changed -> from what to what.
         rebuilt: index tables and masks in the file, which the model computes from its sizes.
         dropped: the file's key -> why it is not needed.
-        new: output norms, which classifiers lack; they keep their initial values.
+        new: output norms, which classifiers lack; they stay as initialised.
         missing: other parameters that the file lacks.
         unexpected: the file's keys of the backbone that the model does not have.
         wrong_shape: the file's key -> both shapes.
@@ -68,7 +68,7 @@ class Report:
             ('of them resized', self.resized, _example(self.resized)),
             ('rebuilt', self.rebuilt, 'index tables and masks, computed from the sizes'),
             *((f'not needed: {why}', [w for w in self.dropped.values() if w == why], '') for why in self._reasons()),
-            ('new', self.new, 'output norms, which classifiers lack; they keep their initial values'),
+            ('new', self.new, 'output norms, which classifiers lack; they stay as initialised'),
             ('MISSING', self.missing, _some(self.missing)),
             ('UNEXPECTED', self.unexpected, _some(self.unexpected)),
             ('WRONG SHAPE', self.wrong_shape, _example(self.wrong_shape)),
@@ -249,7 +249,7 @@ def _window_notes(contents: Contents, model: SwinPyramid) -> list[str]:
 def _unread(name: str, model: SwinPyramid) -> str | None:
     """Why this model does not have that part of a Swin, or None if no Swin has it."""
     last = len(model.layers) - 1
-    part = re.match(r'(?:layers\.(\d+)\.(blocks|downsample)|norm(\d))\.', name)
+    part = re.match(r'(?:layers\.(\d{1,15})\.(blocks|downsample)|norm(\d))\.', name)
     if part is None:
         return None
     stage, kind, norm = part.groups()

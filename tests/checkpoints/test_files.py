@@ -1,6 +1,7 @@
 """Files are opened without running code in them, errors name the file, and writing is atomic."""
 
 import contextlib
+import hashlib
 import http.server
 import io
 import os
@@ -11,7 +12,6 @@ import threading
 import types
 from argparse import Namespace
 from collections import Counter, OrderedDict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -326,13 +326,13 @@ def test_writing_is_atomic(tmp_path, monkeypatch, suffix):
         write_checkpoint({'w': torch.zeros(3)}, path)
     write_checkpoint({'w': torch.zeros(3)}, path, force=True)
 
-    def fail(content, file, **_):
-        if Path(file) != path:
+    def fail(content, file=None, **_):
+        if file is not None and Path(file) != path:
             Path(file).write_bytes(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr('torch.save', fail)
-    monkeypatch.setattr('safetensors.torch.save_file', fail)
+    monkeypatch.setattr('safetensors.torch.save', fail)
     with pytest.raises(InputError, match=f'{path.name} cannot be written: disk full'):
         write_checkpoint({'w': torch.ones(3)}, path, force=True)
     monkeypatch.undo()
@@ -349,24 +349,76 @@ def test_invalid_targets_are_refused(tmp_path):
             write_checkpoint({}, tmp_path / name)
 
 
-def test_each_address_is_downloaded_once(tmp_path, monkeypatch):
+class Site(http.server.BaseHTTPRequestHandler):
+    """Files by path and query; those in ``cut`` break off after half of their content."""
+
+    files: dict[str, bytes] = {}
+    cut: set[str] = set()
+    asked: list[str] = []
+
+    def do_GET(self) -> None:
+        """Send a file."""
+        self.asked.append(self.path)
+        content = self.files.get(self.path)
+        self.send_response(200 if content else 404)
+        self.send_header('Content-Length', str(len(content or b'')))
+        self.end_headers()
+        content = content or b''
+        self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
+
+    def log_message(self, *_) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """The address of a server of such files, and a cache of its own."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    (tmp_path / 'site').mkdir()
-    torch.save({'w': torch.ones(2)}, tmp_path / 'site' / 'swin.pth')
-    (tmp_path / 'site' / 'other').mkdir()
-    torch.save({'w': torch.zeros(2)}, tmp_path / 'site' / 'other' / 'swin.pth')
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+    Site.files, Site.cut, Site.asked = {}, set(), []
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}'
-        assert torch.equal(read_checkpoint(f'{address}/swin.pth')['w'], torch.ones(2))
-        assert torch.equal(read_checkpoint(f'{address}/other/swin.pth')['w'], torch.zeros(2))
-        with pytest.raises(CheckpointError, match='other/ names no file'):
-            read_checkpoint(f'{address}/other/')
-        with pytest.raises(CheckpointError, match='absent.pth cannot be read: .*404'):
-            read_checkpoint(f'{address}/absent.pth')
+        yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
-    assert torch.equal(read_checkpoint(f'{address}/swin.pth')['w'], torch.ones(2))  # from the cache
+
+
+def content_of(number: float) -> bytes:
+    file = io.BytesIO()
+    torch.save({'w': torch.full((2,), number)}, file)
+    return file.getvalue()
+
+
+def test_each_address_is_downloaded_once(site):
+    """Also those that differ by folder or query alone."""
+    paths = ['/swin.pth', '/other/swin.pth', '/uc?id=1', '/uc?id=2', '/uc', '/uc?id=1&x=..%2F']
+    Site.files = {path: content_of(number) for number, path in enumerate(paths)}
+    for _ in range(2):
+        for number, path in enumerate(paths):
+            assert read_checkpoint(site + path)['w'][0] == number
+    assert paths == Site.asked
+    for path in ('/other/', '', '/a/../swin.pth'):
+        with pytest.raises(CheckpointError, match='names no file'):
+            read_checkpoint(site + path)
+    with pytest.raises(CheckpointError, match='absent.pth cannot be read: .*404'):
+        read_checkpoint(f'{site}/absent.pth')
+
+
+def test_half_downloads_are_not_kept(site, tmp_path):
+    Site.files, Site.cut = {'/swin.pth': content_of(1)}, {'/swin.pth'}
+    with pytest.raises(CheckpointError, match=r'broke off after [\d,]+ of [\d,]+ bytes; nothing was kept'):
+        read_checkpoint(f'{site}/swin.pth')
+    assert not [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
+    Site.cut = set()
+    assert read_checkpoint(f'{site}/swin.pth')['w'][0] == 1
+
+
+def test_the_hash_in_a_name_is_checked(site, tmp_path):
+    right = f'/swin-{hashlib.sha256(content_of(1)).hexdigest()[:8]}.pth'
+    Site.files = {path: content_of(1) for path in (right, '/swin-deadbeef.pth', '/swin-20211231.pth')}
+    with pytest.raises(CheckpointError, match=r'name promises deadbeef\.\.\.; nothing was kept'):
+        read_checkpoint(f'{site}/swin-deadbeef.pth')
+    assert not [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
+    for path in (right, '/swin-20211231.pth'):
+        assert read_checkpoint(site + path)['w'][0] == 1
 
 
 def test_damaged_downloads_say_where_they_are_cached(tmp_path, monkeypatch):
@@ -374,5 +426,5 @@ def test_damaged_downloads_say_where_they_are_cached(tmp_path, monkeypatch):
     kept = tmp_path / 'hub' / 'swin_mm' / 'site' / 'swin.pth'
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b'PK half')
-    with pytest.raises(CheckpointError, match=f'https://site/swin.pth is damaged.*{kept}: delete that'):
+    with pytest.raises(CheckpointError, match=f'https://site/swin.pth is damaged.*cached as {kept}: delete that'):
         read_checkpoint('https://site/swin.pth')

@@ -70,7 +70,7 @@ def test_classifier_loads_strictly_with_its_leftovers_accounted_for(model):
         '  rebuilt                              11  index tables and masks, computed from the sizes',
         "  not needed: classifier's last norm    2",
         '  not needed: classification head       2',
-        '  new                                   8  output norms, which classifiers lack; they keep their initial values',
+        '  new                                   8  output norms, which classifiers lack; they stay as initialised',
     ]
 
 
@@ -338,3 +338,23 @@ def test_odd_states_end_in_one_clear_error(model):
     key = 'layers.0.blocks.0.attn.relative_coords_table'
     for table in (torch.zeros_like(theirs[key]), theirs[key].to('meta')):
         assert parse(theirs | {key: table}).windows()[0] == (8, 8)
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.int64, torch.complex64])
+def test_weights_must_be_floating_point(model, dtype):
+    """Quantised or damaged files would load as numbers without meaning."""
+    state = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    name = str(dtype).removeprefix('torch.')
+    with pytest.raises(CheckpointError, match=f'patch_embed.proj.weight is {name}, expected floating point'):
+        swin_mm.SwinTransformer(**SMALL).load_state_dict(state, strict=False)
+    one = model.state_dict() | {'norm1.weight': state['norm1.weight']}
+    ours, report = adapt(one, model, strict=False)
+    assert 'norm1.weight' not in ours and not report.complete and 'UNUSABLE' in str(report)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_pointed_out(model, value):
+    state = model.state_dict() | {'norm1.weight': torch.full((64,), value)}
+    _, report = adapt(state, model)
+    assert report.notes == ['WARNING: 1 of the parameters have NaN or infinite values: norm1.weight']
+    assert 'NaN' in str(report)
