@@ -13,6 +13,7 @@ import types
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -352,9 +353,9 @@ def test_invalid_targets_are_refused(tmp_path):
 class Site(http.server.BaseHTTPRequestHandler):
     """Files by path and query; those in ``cut`` break off after half of their content."""
 
-    files: dict[str, bytes] = {}
-    cut: set[str] = set()
-    asked: list[str] = []
+    files: ClassVar[dict[str, bytes]] = {}
+    cut: ClassVar[set[str]] = set()
+    asked: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         """Send a file."""
