@@ -148,9 +148,9 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
         convert_weights: accepted and not needed: namings are recognised.
         init_cfg: how to start; ``dict(type='Pretrained', checkpoint=...)``, a source as
             :func:`swin_mm.checkpoints.read_checkpoint` takes it, optionally with ``prefix``.
-        strict: *new* the checkpoint of ``init_cfg``, and in this project's tools that of ``load_from`` too, must give the
-            whole backbone, except output norms, which classifiers lack; False loads what fits. ``load_state_dict`` is
-            as strict as its own argument. ``load_report`` tells what happened.
+        strict: *new* the checkpoint of ``init_cfg``, and in this project's tools that of ``load_from`` too, must give
+            the whole backbone, except output norms, which classifiers lack; False loads what fits.
+            ``load_state_dict`` is as strict as its own argument. ``load_report`` tells what happened.
         compile: *new* compile the backbone: True, or the options of ``torch.compile``, such as
             ``dict(mode='reduce-overhead')`` for CUDA graphs.
         **options: the arguments of :class:`swin_mm.models.swin.SwinPyramid`, among them *new*: ``pad_small_map``,
