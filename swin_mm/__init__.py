@@ -10,5 +10,11 @@ __all__ = ['__version__', 'optimize_for_inference']
 if find_spec('mmengine'):  # without it there is the plain model, swin_mm.models.swin
     from swin_mm.openmmlab.backbone import SwinTransformer, SwinTransformerV2
     from swin_mm.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor
+    from swin_mm.openmmlab.loading import CompleteBackboneHook
 
-    __all__ += ['LayerDecayOptimWrapperConstructor', 'SwinTransformer', 'SwinTransformerV2']
+    __all__ += [
+        'CompleteBackboneHook',
+        'LayerDecayOptimWrapperConstructor',
+        'SwinTransformer',
+        'SwinTransformerV2',
+    ]

@@ -29,9 +29,10 @@ from torch.utils import _pytree as pytree
 
 import swin_mm  # noqa: F401 (registers the backbones)
 from swin_mm import cli
-from swin_mm.checkpoints import read_checkpoint, unwrap, write_checkpoint
+from swin_mm.checkpoints import unwrap, write_checkpoint
 from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.config import build_model
+from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
 

@@ -9,10 +9,10 @@ from mmengine.model import is_model_wrapper
 
 from swin_mm import cli
 from swin_mm.analysis.prediction import DTYPES, compute_in
-from swin_mm.checkpoints import read_checkpoint
 from swin_mm.engine.runner import build_runner, use_safe_reader
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import as_list, require_data
+from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.errors import InputError
 
 

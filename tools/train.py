@@ -8,11 +8,11 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 from swin_mm import cli
-from swin_mm.checkpoints import read_checkpoint
 from swin_mm.engine import preemption
 from swin_mm.engine.runner import build_runner, use_safe_reader
 from swin_mm.models.swin import ARCHS
 from swin_mm.openmmlab.config import require_data, require_pretrained
+from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.openmmlab.plug import plug
 from swin_mm.utils.errors import InputError
 

@@ -20,10 +20,10 @@ from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from swin_mm.checkpoints import read_checkpoint
 from swin_mm.engine.runner import use_safe_reader
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import config_errors, test_dataset
+from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
 

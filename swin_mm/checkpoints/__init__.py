@@ -1,6 +1,6 @@
-"""Published checkpoints: reading files safely, and turning every key naming into ours and back."""
+"""Published checkpoints: reading files safely, and converting between every key naming and ours."""
 
-from swin_mm.checkpoints.contents import Contents, Variant, convert, parse, unwrap
+from swin_mm.checkpoints.contents import Contents, Variant, convert, parse, transformers_config, unwrap
 from swin_mm.checkpoints.files import read_checkpoint, write_checkpoint
 from swin_mm.checkpoints.loading import Report, adapt
 from swin_mm.utils.errors import CheckpointError
@@ -14,6 +14,7 @@ __all__ = [
     'convert',
     'parse',
     'read_checkpoint',
+    'transformers_config',
     'unwrap',
     'write_checkpoint',
 ]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a Swin Transformer: recognised, in our names and layout, and back in any naming.
+"""Recognising a Swin Transformer in a checkpoint, and converting it to our names and layout or to another library's.
 
 H, W rows and columns of the map, C channels, w side of a window, N = w * w its tokens, h heads.
 """
@@ -13,26 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, TARGETS, Naming
+from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, STAGES, TARGETS, Naming
+from swin_mm.checkpoints.pickles import HEADROOM, MAX_EXPANSION
 from swin_mm.models.swin import ARCHS
-from swin_mm.ops.windows import log_spaced_offsets, relative_index
+from swin_mm.ops.windows import log_spaced_offsets, region_mask, relative_index
 from swin_mm.utils.errors import CheckpointError
 
+MAX_BACKBONES = 16  # in one checkpoint; each is compared with every key
 WRAPPERS = ('state_dict', 'model', 'module', 'state_dict_ema', 'model_ema')
 
 
 def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
-    """The state dict inside a checkpoint: itself, or what stands under ``state_dict``, ``model`` and the like.
+    """The state dict inside a checkpoint: itself, or the value under ``state_dict``, ``model`` and the like.
 
     Args:
-        checkpoint: what a file holds; arrays become tensors.
-        prefix: take only what stands under this, and take it off.
+        checkpoint: the content of a file; arrays become tensors.
+        prefix: take only the keys that begin with this, and remove it.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no state dict, or no key has the prefix.
     """
     state = checkpoint if isinstance(checkpoint, Mapping) else {}
-    for _ in WRAPPERS:  # as often as wrappers may lie in each other
+    for _ in WRAPPERS:  # wrappers may be nested
         state = next((state[w] for w in WRAPPERS if isinstance(state.get(w), Mapping)), state)
     state = {
         key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -48,8 +50,8 @@ def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
     prefix = prefix.rstrip('.') + '.'
     found = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if not found:
-        begin = ', '.join(sorted({key.partition('.')[0] for key in state}))
-        raise CheckpointError(f'nothing in the file stands under {prefix!r}; its keys begin with {begin}')
+        begin = ', '.join(sorted({key.partition('.')[0] for key in state})[:8])
+        raise CheckpointError(f'no key in the file begins with {prefix!r}; they begin with {begin}')
     return found
 
 
@@ -64,7 +66,7 @@ class Variant:
         embed_dims: C of the first stage.
         depths: blocks per stage.
         num_heads: h per stage.
-        windows: side of the window per stage; 0 where the state does not tell.
+        windows: side of the window per stage; 0 where the state dict does not tell.
     """
 
     version: int
@@ -78,8 +80,17 @@ class Variant:
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> 'Variant':
         """Read the sizes off a state dict in our names."""
-        blocks = [m for m in (re.match(r'layers\.(\d+)\.blocks\.(\d+)\.', key) for key in state) if m]
-        stages = range(max(int(m[1]) for m in blocks) + 1)
+        found = (re.match(r'layers\.(\d{1,15})\.blocks\.(\d{1,15})\.', key) for key in state)
+        blocks = {(int(m[1]), int(m[2])) for m in found if m}
+        for number in (number for block in blocks for number in block):
+            if number >= len(state):  # or few keys would claim a model of any size
+                raise CheckpointError(
+                    f'the checkpoint numbers a stage or block {number} but has {len(state)} tensors: wrong keys'
+                )
+        depths: dict[int, int] = {}
+        for stage, block in blocks:
+            depths[stage] = max(depths.get(stage, 0), block + 1)
+        stages = range(max(depths) + 1)
         version = _version(state)
         heads, windows = [], []
         for i in stages:
@@ -90,37 +101,39 @@ class Variant:
             side = 0 if table is None else math.isqrt(len(table))
             windows.append(side // 2 + 1 if table is not None and side**2 == len(table) else 0)
         out, channels, patch = state['patch_embed.proj.weight'].shape[:3]
-        depths = tuple(1 + max((int(m[2]) for m in blocks if int(m[1]) == i), default=-1) for i in stages)
-        return cls(version, channels, patch, out, depths, tuple(heads), tuple(windows))
+        blocks_per_stage = tuple(depths.get(i, 0) for i in stages)
+        return cls(version, channels, patch, out, blocks_per_stage, tuple(heads), tuple(windows))
 
     def sizes(self, stages: int) -> tuple[Any, ...]:
-        """What must agree between two models of as many stages."""
+        """The sizes that must be equal for weights to fit, of the first ``stages`` stages."""
         return self.embed_dims, self.depths[:stages], self.num_heads[:stages]
 
     @property
     def arch(self) -> str | None:
-        """The published size that this is, by its name in ARCHS."""
+        """The name in ARCHS of the published model with these sizes, or None."""
         sizes = {'embed_dims': self.embed_dims, 'depths': self.depths, 'num_heads': self.num_heads}
         return next((arch for arch, published in ARCHS.items() if published == sizes), None)
 
     def __str__(self) -> str:
         if self.arch:
             return f'Swin-{self.arch.upper()} V{self.version}'
+        if len(self.depths) > STAGES:
+            return f'Swin V{self.version} with {len(self.depths)} stages'
         sizes = f'embed_dims={self.embed_dims}, depths={self.depths}, num_heads={self.num_heads}'
         return f'Swin V{self.version} with {sizes}'
 
 
 @dataclass
 class Contents:
-    """A state dict of any known naming, taken apart.
+    """A state dict of any known naming, split into its parts.
 
     Args:
         naming: the key naming found.
-        prefix: what stands before the backbone's keys.
+        prefix: what precedes the backbone's keys.
         state: the backbone's parameters, and a classifier's last norm and head, in our names and layout.
         sources: our key -> the file's.
-        rebuilt: the file's tensors that follow from the sizes, by our names.
-        others: what the file holds beside the backbone, by its names.
+        rebuilt: index tables and masks in the file, which follow from the sizes, by our names.
+        others: everything else in the file, by its names.
     """
 
     naming: Naming
@@ -136,18 +149,18 @@ class Contents:
         return Variant.of(self.state)
 
     def windows(self) -> list[tuple[int, int] | None]:
-        """Per stage the window and the one of pre-training that normalises V2's offsets; None where nothing tells."""
+        """Per stage the window and the pre-training window that normalises V2's offsets; None where unknown."""
         found: list[tuple[int, int] | None] = []
         for i, window in enumerate(self.variant.windows):
             table = self.rebuilt.get(f'layers.{i}.blocks.0.attn.relative_coords_table')
             index = self.rebuilt.get(f'layers.{i}.blocks.0.attn.relative_position_index')
             if window:
                 found.append((window, window))
-            elif table is not None and not table.is_meta and table.max() > 0:
-                # The outermost offset, w - 1 over that of pre-training, is log-spaced: undo that.
+            elif table is not None and table.ndim == 4 and not table.is_meta and table.numel() and table.max() > 0:
+                # The largest offset is (w - 1) / (pre-training w - 1), log-spaced: invert that.
                 w = table.shape[1] // 2 + 1
-                ratio = (8 ** table.max().item() - 1) / 8
-                found.append((w, round((w - 1) / ratio) + 1))
+                ratio = (8 ** min(table.max().item(), 3) - 1) / 8
+                found.append((w, round((w - 1) / ratio) + 1) if ratio > 0 else None)
             elif index is not None:
                 w = math.isqrt(math.isqrt(index.numel()))
                 found.append((w, w))
@@ -157,10 +170,10 @@ class Contents:
 
 
 def parse(state: Mapping[str, Any]) -> Contents:
-    """Recognise the naming of a state dict and translate it.
+    """Recognise the naming of a state dict and convert it to our names and layout.
 
     Raises:
-        CheckpointError: it is of no Swin Transformer, or of several.
+        CheckpointError: it holds no Swin Transformer, or several.
     """
     naming, prefix = _recognise(state)
     root = naming.root(prefix)
@@ -180,8 +193,12 @@ def parse(state: Mapping[str, Any]) -> Contents:
             contents.sources[ours] = key
     if not any(key.startswith('layers.0.blocks.') for key in contents.state):
         raise _nothing_fits(state)
-    if contents.state['patch_embed.proj.weight'].ndim == 5:
+    projection = contents.state['patch_embed.proj.weight']
+    if projection.ndim == 5:
         raise CheckpointError('the checkpoint is of a Video Swin Transformer; this backbone takes images')
+    if projection.ndim != 4 or not projection.numel():
+        source = contents.sources['patch_embed.proj.weight']
+        raise CheckpointError(f'{source} is {tuple(projection.shape)}, expected (channels, image channels, side, side)')
     _to_our_layout(contents)
     return contents
 
@@ -191,7 +208,7 @@ def _version(names: Iterable[str]) -> int:
 
 
 def _recognise(state: Mapping[str, Any]) -> tuple[Naming, str]:
-    """The naming of a state dict and the prefix of the backbone's keys in it."""
+    """Find the naming of a state dict and the prefix of the backbone's keys."""
     for pattern, what in RELATIVES:
         if any(re.search(pattern, key) for key in state):
             raise CheckpointError(f'the checkpoint is of {what}; this backbone does not implement it')
@@ -199,10 +216,12 @@ def _recognise(state: Mapping[str, Any]) -> tuple[Naming, str]:
         (key.removesuffix(naming.anchor), naming)
         for naming in NAMINGS
         for key, value in state.items()
-        # 'ema_' is a prefix too
+        # 'ema_' is a prefix, too
         if isinstance(value, Tensor) and re.search(rf'(\A|[._]){re.escape(naming.anchor)}\Z', key)
     ]
-    found = [(prefix, naming) for prefix, naming in found if _is_named_so(state, naming, prefix)]
+    if len({prefix for prefix, _ in found}) > MAX_BACKBONES:
+        raise CheckpointError(f'the checkpoint has more than {MAX_BACKBONES} patch embeddings: say which with a prefix')
+    found = [(prefix, naming) for prefix, naming in found if _has_naming(state, naming, prefix)]
     if not found:
         raise _nothing_fits(state)
     shortest = min(len(prefix) for prefix, _ in found)
@@ -223,19 +242,19 @@ def _nothing_fits(state: Mapping[str, Any]) -> CheckpointError:
     )
 
 
-def _is_named_so(state: Mapping[str, Any], naming: Naming, prefix: str) -> bool:
-    """Whether what stands around a patch embedding is of this naming."""
+def _has_naming(state: Mapping[str, Any], naming: Naming, prefix: str) -> bool:
+    """Whether the keys around a patch embedding have this naming."""
     root = naming.root(prefix)
     keys = [key.removeprefix(root) for key in state if key.startswith(root)]
     return (
         naming.version in (None, _version(keys))
-        and any(re.search(naming.mark, key) for key in keys)
-        and not any(re.search(naming.unlike, key) for key in keys)
+        and any(re.search(naming.must_match, key) for key in keys)
+        and not any(re.search(naming.must_not_match, key) for key in keys)
     )
 
 
 def _to_our_layout(contents: Contents) -> None:
-    """Join q, k and v, put the channels of merging in the official order, and so on."""
+    """Join q, k and v, put the channels of patch merging in the official order, and so on."""
     state, sources = contents.state, contents.sources
     version = _version(state)
 
@@ -270,25 +289,24 @@ def _to_our_layout(contents: Contents) -> None:
 
 
 def _is_merged(key: str, version: int) -> bool:
-    """Whether a parameter's last axis is the 4C channels of patch merging; V2 norms after the reduction."""
+    """Whether a parameter's last axis is the 4C channels of patch merging; V2 has its norm after the reduction."""
     return bool(re.search(r'\.downsample\.(reduction|norm)' if version == 1 else r'\.downsample\.reduction', key))
 
 
 def convert(
     contents: Contents, target: str, windows: Sequence[int] | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Name and lay out a backbone as ``target`` does, exactly: values are moved, never computed.
+    """Convert a backbone to the names and layout of ``target``. Values are moved, never computed.
 
-    What follows from the sizes alone (position indices, coordinate tables) is added where the target's strict loading
-    expects it.
+    Position indices, coordinate tables and attention masks are added where the target's strict loading expects them.
 
     Args:
-        contents: what :func:`parse` found.
-        target: a name in TARGETS.
+        contents: what :func:`parse` returned.
+        target: a key of TARGETS.
         windows: per stage, for V2 weights of a naming that does not tell.
 
     Returns:
-        The checkpoint, and what of the file has no place in it: the file's key -> why.
+        The checkpoint, and what was left out of it: the file's key -> why.
 
     Raises:
         CheckpointError: the target has no such Swin.
@@ -300,7 +318,7 @@ def convert(
     state, dropped = {}, {}
     for key, value in contents.state.items():
         why = meaning(key, LEFTOVERS)
-        if re.fullmatch(naming.lacks, key):
+        if re.fullmatch(naming.unsupported, key):
             if 'norm' not in key:
                 raise CheckpointError(f'{target} has no {key}, which {contents.sources[key]} would become')
             why = f'{target} has no output norms'
@@ -322,35 +340,99 @@ def convert(
         theirs = root + (theirs[1:] if theirs.startswith('/') else wrapper + theirs)
         result[theirs] = value
     if whole:
-        result |= contents.others
+        dropped |= {key: 'not a tensor' for key, value in contents.others.items() if not isinstance(value, Tensor)}
+        result |= {key: value for key, value in contents.others.items() if isinstance(value, Tensor)}
     else:
         dropped |= dict.fromkeys(contents.others, 'other part of the model')
-    for key, value in result.items():
-        if isinstance(value, Tensor):  # a part of a larger tensor would be saved with all of it
-            result[key] = value.clone(memory_format=torch.contiguous_format)
-    return {naming.under: result} if naming.under else result, dropped
+    # A part of a larger tensor would be saved with all of it.
+    result = {key: value.clone(memory_format=torch.contiguous_format) for key, value in result.items()}
+    return {naming.root_key: result} if naming.root_key else result, dropped
+
+
+def transformers_config(contents: Contents, windows: Sequence[int] | None = None) -> dict[str, Any]:
+    """The ``config.json`` with which transformers' ``from_pretrained`` reads what :func:`convert` makes.
+
+    Args:
+        contents: what :func:`parse` returned.
+        windows: per stage, for V2 weights of a naming that does not tell.
+
+    Raises:
+        CheckpointError: the window is unknown.
+    """
+    variant, state, told = contents.variant, contents.state, contents.windows()
+    sides = [window if window else (windows[i],) * 2 if windows else (0, 0) for i, window in enumerate(told)]
+    if not all(window for window, _ in sides):
+        raise CheckpointError('the config needs the window, which the file does not tell: give --window')
+    norms = sorted(int(key[4:-7]) for key in state if re.fullmatch(r'norm\d+\.weight', key))
+    kind = 'ForImageClassification' if 'head.weight' in state else 'Backbone' if norms else 'Model'
+    config = {
+        'model_type': 'swin' if variant.version == 1 else 'swinv2',
+        'architectures': [f'Swin{"v2" * (variant.version == 2)}{kind}'],
+        # In every published model the last window is as large as the last map.
+        'image_size': variant.patch * 2 ** (len(sides) - 1) * sides[-1][0],
+        'patch_size': variant.patch,
+        'num_channels': variant.in_channels,
+        'embed_dim': variant.embed_dims,
+        'depths': list(variant.depths),
+        'num_heads': list(variant.num_heads),
+        'window_size': max(window for window, _ in sides),
+        'mlp_ratio': len(state['layers.0.blocks.0.mlp.fc1.weight']) / variant.embed_dims,
+        'qkv_bias': any(key.endswith(('attn.qkv.bias', 'attn.q_bias')) for key in state),
+        'use_absolute_embeddings': 'absolute_pos_embed' in state,
+        'layer_norm_eps': 1e-5,
+    }
+    if variant.version == 2:
+        config['pretrained_window_sizes'] = [whole if whole != window else 0 for window, whole in sides]
+    if 'head.weight' in state:
+        config['num_labels'] = len(state['head.weight'])
+    if norms:
+        config['out_features'] = [f'stage{i + 1}' for i in norms]
+    return config
 
 
 def meaning(name: str, table: Sequence[tuple[str, str]]) -> str | None:
-    """What a table of patterns says of a name."""
+    """The entry of the first pattern in a table that matches a name."""
     return next((what for pattern, what in table if re.fullmatch(pattern, name)), None)
 
 
 def _derived(naming: Naming, contents: Contents, windows: Sequence[int] | None) -> dict[str, Tensor]:
-    """The buffers that the naming's library expects, by our names."""
+    """The buffers that the target's strict loading expects, by our names.
+
+    Raises:
+        CheckpointError: they would be much larger than the weights.
+    """
     if not naming.index:
         return {}
-    variant, found = contents.variant, {}
-    for i, told in enumerate(contents.windows()):
-        if not (told or windows):
+    variant, told = contents.variant, contents.windows()
+    sides = [window if window else (windows[i],) * 2 if windows else None for i, window in enumerate(told)]
+    known = [side for side in sides if side is not None]
+    # The last window of every published classifier is as large as its last map, which tells the size of all maps.
+    masks = naming.masks and 'head.weight' in contents.state and len(known) == len(sides)
+    maps = [known[-1][0] * 2 ** (len(sides) - 1 - i) if masks else 0 for i in range(len(sides))]
+    sizes = [
+        depth * (8 * window[0] ** 4 + 2 * (side * window[0]) ** 2)
+        for depth, window, side in zip(variant.depths, sides, maps, strict=True)
+        if window is not None
+    ]
+    weights = sum(value.nbytes for value in contents.state.values())
+    if sum(sizes) > MAX_EXPANSION * weights + HEADROOM:
+        raise CheckpointError(
+            f'{naming.name} stores tables for windows of {max(w for w, _ in known)}, which would take '
+            f'{sum(sizes) / 1e9:,.0f} GB; the file or --window is wrong, or choose another target'
+        )
+    found, cpu = {}, torch.device('cpu')
+    for i, window in enumerate(sides):
+        if window is None:
             continue
-        window, pretrained = ((w, w) for w in told or (windows[i], windows[i]))
-        index = relative_index(window, window, torch.device('cpu'))
+        side, pretrained = ((w, w) for w in window)
+        index = relative_index(side, side, cpu)
         for j in range(variant.depths[i]):
-            attn = f'layers.{i}.blocks.{j}.attn.'
-            found[attn + 'relative_position_index'] = index.flatten() if naming.index == 'flat' else index
+            block = f'layers.{i}.blocks.{j}.'
+            found[block + 'attn.relative_position_index'] = index.flatten() if naming.index == 'flat' else index
             if variant.version == 2:
-                found[attn + 'relative_coords_table'] = log_spaced_offsets(window, pretrained)[None]
+                found[block + 'attn.relative_coords_table'] = log_spaced_offsets(side, pretrained)[None]
+            if masks and j % 2 and maps[i] > window[0]:  # blocks with shifted windows
+                found[block + 'attn_mask'] = region_mask((maps[i],) * 2, side, (window[0] // 2,) * 2, cpu)
     return found
 
 
@@ -359,18 +441,18 @@ def _flat_position(value: Tensor) -> Tensor:
 
 
 def square_position(value: Tensor) -> Tensor:
-    """A position embedding as (1, C, H, W); (1, H * W, C) is taken for a square.
+    """A position embedding as (1, C, H, W); (1, H * W, C) is assumed to be square.
 
     Raises:
-        CheckpointError: it is of no square.
+        CheckpointError: H * W is not a square number.
     """
     if value.ndim == 4:
         return value
     side = math.isqrt(value.shape[1])
     if side**2 != value.shape[1]:
         raise CheckpointError(
-            f'absolute_pos_embed has {value.shape[1]} positions, which are no square; load it into a model with its '
-            'pretrain_img_size'
+            f'absolute_pos_embed has {value.shape[1]} positions, which is not a square number; load it into a model '
+            'with its pretrain_img_size'
         )
     return value.transpose(1, 2).unflatten(2, (side, side))
 

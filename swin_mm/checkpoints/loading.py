@@ -1,4 +1,4 @@
-"""From a checkpoint of any known naming to the state of a given pyramid, with an account of what happened."""
+"""Fitting a checkpoint of any known naming to a model, with a report of what was loaded, resized and left out."""
 
 import math
 import re
@@ -17,24 +17,28 @@ from swin_mm.models.window_attention import WindowAttentionV2
 from swin_mm.ops.windows import Size
 from swin_mm.utils.errors import CheckpointError
 
+MAX_PATCH = 64  # pixels; resizing patches of n x n pixels takes a matrix of n^2 x n^2 per side
+
 
 @dataclass
 class Report:
-    """What became of a checkpoint. Keys are ours where not said otherwise.
+    """What a checkpoint gave a model. Keys are the model's unless noted.
 
     Args:
-        naming: the key naming found.
-        prefix: what stood before the backbone's keys.
-        loaded: parameters that the file gives.
-        converted: those of them with another name or layout in the file -> the name there.
-        resized: those of them whose shape had to change -> from what to what.
-        rebuilt: what the file stores and the model derives from its sizes.
+        naming: the key naming of the file.
+        prefix: what precedes the backbone's keys in the file.
+        loaded: parameters whose value comes from the file.
+        converted: those with another name or layout in the file -> where from.
+        resized: those whose shape was changed -> from what to what.
+        rebuilt: index tables and masks in the file, which the model computes from its sizes.
         dropped: the file's key -> why it is not needed.
-        new: output norms, which classifiers lack; they start as new norms.
+        new: output norms, which classifiers lack; they stay as initialised.
         missing: other parameters that the file lacks.
-        unexpected: what the file's backbone has and the model does not; the file's keys.
+        unexpected: the file's keys of the backbone that the model does not have.
         wrong_shape: the file's key -> both shapes.
-        notes: what to mind.
+        unusable: the file's key -> why its values cannot be weights.
+        notes: warnings.
+        problem: why the checkpoint does not give the whole backbone, and what to do; empty if it does.
     """
 
     naming: str
@@ -48,24 +52,27 @@ class Report:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: dict[str, str] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    problem: str = ''
 
     @property
     def complete(self) -> bool:
-        """Every parameter of the model has its value from the file, new output norms excepted, and nothing is left."""
-        return not (self.missing or self.unexpected or self.wrong_shape)
+        """Whether every parameter but new output norms comes from the file, and the file has no others."""
+        return not (self.missing or self.unexpected or self.wrong_shape or self.unusable)
 
     def __str__(self) -> str:
         rows = [
             ('loaded', self.loaded, ''),
             ('of them converted', self.converted, _example(self.converted)),
             ('of them resized', self.resized, _example(self.resized)),
-            ('rebuilt', self.rebuilt, 'indices, tables and masks follow from the sizes'),
+            ('rebuilt', self.rebuilt, 'index tables and masks, computed from the sizes'),
             *((f'not needed: {why}', [w for w in self.dropped.values() if w == why], '') for why in self._reasons()),
-            ('new', self.new, 'output norms, which classifiers lack; they start as new norms'),
+            ('new', self.new, 'output norms, which classifiers lack; they stay as initialised'),
             ('MISSING', self.missing, _some(self.missing)),
             ('UNEXPECTED', self.unexpected, _some(self.unexpected)),
             ('WRONG SHAPE', self.wrong_shape, _example(self.wrong_shape)),
+            ('UNUSABLE', self.unusable, _example(self.unusable)),
         ]
         where = f' under {self.prefix!r}' if self.prefix else ''
         rows = [(name, len(items), detail) for name, items, detail in rows if items]
@@ -87,40 +94,44 @@ def _example(items: Mapping[str, str]) -> str:
 
 
 def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> tuple[dict[str, Tensor], Report]:
-    """Turn a state dict of any known naming into one that ``model`` loads.
+    """Convert a state dict of any known naming to one that ``model`` loads.
 
     Args:
         state: tensors by name.
-        model: the pyramid to load into; not changed.
-        strict: raise where the file does not give the whole backbone.
+        model: the pyramid to load into; it is not changed.
+        strict: raise unless the file gives the whole backbone.
 
     Returns:
-        Our keys and values, and the account.
+        Our keys and values, and the report. Output norms that a classifier lacks are given the model's own values.
 
     Raises:
-        CheckpointError: nothing fits; or, with ``strict``, parameters are missing, unknown to the model, or of a shape
-            that cannot be made to fit.
+        CheckpointError: nothing fits; or, with ``strict``, parameters are missing, unknown to the model, not floating
+            point, or of a shape that cannot be made to fit.
     """
     own = model.state_dict()
     contents = _parse(state, own)
     report = Report(contents.naming.name, contents.prefix, rebuilt=list(contents.rebuilt))
     report.dropped = dict.fromkeys(contents.others, 'other part of the model')
     ours: dict[str, Tensor] = {}
-    misfits = set()
+    rejected = set()
     for key, value in contents.state.items():
         source, name = contents.sources[key], _placed(key, contents, model)
         if name not in own:
             why = meaning(name, LEFTOVERS + CLASSIFIER) or _unread(name, model)
             if why is None:
                 report.unexpected.append(source)
-                ours[name] = value  # for torch, which knows what the caller thinks of that
+                ours[name] = value  # so that torch counts it as unexpected
             else:
                 report.dropped[source] = why
+            continue
+        if not value.is_floating_point():
+            rejected.add(name)
+            report.unusable[source] = f'is {_dtype(value)}, expected floating point'
             continue
         fitted = _fit(name, value, own[name], model)
         old, new = tuple(value.shape), tuple(own[name].shape)
         if fitted.shape != new:
-            misfits.add(name)
+            rejected.add(name)
             report.wrong_shape[source] = f'is {old}, the model has {new}'
             continue
         if new != old and value.numel() != fitted.numel():
@@ -129,20 +140,56 @@ def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> 
             report.converted[name] = f'from {source}'
         report.loaded.append(name)
         ours[name] = fitted
-    last = f'norm{len(model.layers) - 1}.'  # a file with this norm alone ends like a classifier, too
-    has_norms = any(re.fullmatch(OUTPUT_NORMS, name) and not name.startswith(last) for name in report.loaded)
-    for name in [name for name in own if name not in ours and name not in misfits]:
-        (report.new if re.fullmatch(OUTPUT_NORMS, name) and not has_norms else report.missing).append(name)
-    report.notes = _notes(contents, model)
-    if (strict and not report.complete) or not report.loaded:
-        raise CheckpointError(_reason_against(report, contents, model))
-    if strict:  # else whoever asked is told of them
-        ours |= {name: own[name] for name in report.new}
+    absent = [name for name in own if name not in ours and name not in rejected]
+    if _is_classifier(report, absent, model):
+        report.new = absent
+        ours |= {name: own[name] for name in absent}
+    else:
+        report.missing = absent
+    report.notes = [*_window_notes(contents, model), *_value_notes(ours)]
+    if not report.complete:
+        report.problem = _reason_against(report, contents, model)
+    if not report.loaded or (strict and not report.complete):
+        raise CheckpointError(report.problem or 'the checkpoint gives nothing of this backbone')
     return ours, report
 
 
+def _is_classifier(report: Report, absent: list[str], model: SwinPyramid) -> bool:
+    """Whether a file lacks output norms only, and all of them, as those of classifiers do."""
+    last = f'norm{len(model.layers) - 1}.'  # a file with this norm alone ends like a classifier, too
+    has_norms = any(re.fullmatch(OUTPUT_NORMS, name) and not name.startswith(last) for name in report.loaded)
+    return not has_norms and all(re.fullmatch(OUTPUT_NORMS, name) for name in absent)
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix('torch.')
+
+
+def _value_notes(ours: Mapping[str, Tensor]) -> list[str]:
+    """A note on NaN and infinite weights, as a diverged run leaves them."""
+    bad = [key for key, value in ours.items() if not value.is_meta and not value.isfinite().all()]
+    return [f'WARNING: {len(bad)} of the parameters have NaN or infinite values: {_some(bad)}'] if bad else []
+
+
+def nothing_loaded(model: SwinPyramid, prefix: str = '') -> Report:
+    """The report of a checkpoint that has no keys for a model.
+
+    Args:
+        model: the pyramid, all of whose parameters are missing.
+        prefix: what its keys would begin with.
+    """
+    report = Report('unknown', prefix, missing=list(model.state_dict()))
+    report.problem = (
+        f'no key of the checkpoint begins with {prefix!r}; if it holds a backbone alone, name it in the init_cfg of '
+        'the backbone instead of loading it into the whole model; if its keys begin otherwise, rename them'
+        if prefix
+        else 'the checkpoint is empty'
+    )
+    return report
+
+
 def _parse(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Contents:
-    """Any naming, or a part of our own state."""
+    """Parse any naming, or part of the model's own state dict."""
     try:
         return parse(state)
     except CheckpointError:
@@ -152,7 +199,7 @@ def _parse(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Contents:
 
 
 def _placed(key: str, contents: Contents, model: SwinPyramid) -> str:
-    """Where a model wants a parameter: it names a classifier's last norm if it ends like a classifier."""
+    """The model's name of a parameter; with the last output alone, a classifier's last norm is its output norm."""
     last = len(model.layers) - 1
     ends_alike = model.out_indices == (last,) and f'layers.{last + 1}.blocks.0.norm1.weight' not in contents.state
     return key.replace('norm.', f'norm{last}.') if key.startswith('norm.') and ends_alike else key
@@ -160,13 +207,14 @@ def _placed(key: str, contents: Contents, model: SwinPyramid) -> str:
 
 def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> str:
     """What is wrong with a checkpoint, and what to do."""
-    reasons = [f'{key} {shapes}' for key, shapes in report.wrong_shape.items()]
+    reasons = [f'{key} {why}' for key, why in report.unusable.items()]
+    reasons += [f'{key} {shapes}' for key, shapes in report.wrong_shape.items()]
     reasons += [f'{key} is missing' for key in report.missing]
     reasons += [f'{key} is not in the model' for key in report.unexpected]
     listed = '; '.join(reasons[:3]) + (f' (and {len(reasons) - 3} more)' if len(reasons) > 3 else '')
     try:
         theirs, mine = contents.variant, Variant.of(model.state_dict())
-    except (KeyError, ValueError):  # too little of a model to tell
+    except (KeyError, ValueError, CheckpointError):  # too few keys to tell
         theirs = mine = None
     stages = len(model.layers)
     if theirs is not None and (theirs.version != mine.version or theirs.sizes(stages) != mine.sizes(stages)):
@@ -180,8 +228,8 @@ def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> s
     )
 
 
-def _notes(contents: Contents, model: SwinPyramid) -> list[str]:
-    """What a V2 file says of its windows, where the model would read its position bias otherwise."""
+def _window_notes(contents: Contents, model: SwinPyramid) -> list[str]:
+    """A note where a V2 file tells the windows of its position bias and the model uses others."""
     attentions = [stage.blocks[0].attn for stage in model.layers]
     if not isinstance(attentions[0], WindowAttentionV2) or 'patch_embed.proj.weight' not in contents.state:
         return []
@@ -193,15 +241,15 @@ def _notes(contents: Contents, model: SwinPyramid) -> list[str]:
     if found == used:
         return []
     return [
-        f'NOTE: the position bias was trained with windows {found}, this model reads it as of windows {used}: '
+        f'NOTE: the position bias was trained with windows {found}, this model uses it as of windows {used}: '
         f'set pretrained_window_sizes={tuple(whole for _, whole in told)}'
     ]
 
 
 def _unread(name: str, model: SwinPyramid) -> str | None:
-    """Why this model has not built that part of a Swin, or None if the part is unknown."""
+    """Why this model does not have that part of a Swin, or None if no Swin has it."""
     last = len(model.layers) - 1
-    part = re.match(r'(?:layers\.(\d+)\.(blocks|downsample)|norm(\d))\.', name)
+    part = re.match(r'(?:layers\.(\d{1,15})\.(blocks|downsample)|norm(\d))\.', name)
     if part is None:
         return None
     stage, kind, norm = part.groups()
@@ -210,8 +258,8 @@ def _unread(name: str, model: SwinPyramid) -> str | None:
 
 
 def _fit(name: str, value: Tensor, target: Tensor, model: SwinPyramid) -> Tensor:
-    """The value in the target's shape, where there is a faithful way."""
-    if value.shape == target.shape:
+    """The value resized to the target's shape, or with another shape where that is not possible."""
+    if value.shape == target.shape or not value.numel():
         return value
     value = value.to(torch.promote_types(value.dtype, torch.float32))
     if name == 'absolute_pos_embed':
@@ -222,20 +270,21 @@ def _fit(name: str, value: Tensor, target: Tensor, model: SwinPyramid) -> Tensor
         return F.interpolate(value, size=target.shape[2:], mode='bicubic') if same else value
     if name.endswith('.relative_position_bias_table') and value.shape[1:] == target.shape[1:]:
         return _resized_table(value, model.get_submodule(name.rpartition('.')[0]).window)
-    if name == 'patch_embed.proj.weight' and value.ndim == 4 and len(value) == len(target):
-        return _resized_patches(_recoloured(value, target.shape[1]), target.shape[2:])
+    resizable = value.ndim == 4 and len(value) == len(target) and max(value.shape[2:]) <= MAX_PATCH
+    if name == 'patch_embed.proj.weight' and resizable:
+        return _resized_patches(_change_channels(value, target.shape[1]), target.shape[2:])
     return value
 
 
 def _resized_table(table: Tensor, window: Size) -> Tensor:
-    """A position bias for another window, by bicubic interpolation as in the official code.
+    """Resize a position bias to another window by bicubic interpolation, as in the official code.
 
     Args:
         table: ((2 * w - 1) ** 2, h) of a square window.
         window: (Hw, Ww).
 
     Returns:
-        ((2 * Hw - 1) * (2 * Ww - 1), h), or the table itself where it is of no square window.
+        ((2 * Hw - 1) * (2 * Ww - 1), h), or the table itself if its window is not square.
     """
     side = math.isqrt(len(table))
     if side**2 != len(table):
@@ -244,10 +293,10 @@ def _resized_table(table: Tensor, window: Size) -> Tensor:
     return F.interpolate(table.T.reshape(1, -1, side, side), size=size, mode='bicubic')[0].flatten(1).T.contiguous()
 
 
-def _recoloured(weight: Tensor, channels: int) -> Tensor:
-    """A patch projection for images of other channels: RGB repeated in turn, scaled to the same overall strength.
+def _change_channels(weight: Tensor, channels: int) -> Tensor:
+    """Change the input channels of a patch projection: repeat RGB in turn and scale by 3 / channels.
 
-    One channel thus gets the sum over RGB, and sees in a grey image what RGB sees in its three equal channels.
+    So an image with equal channels gets the same embedding. A single channel gets the sum over RGB.
 
     Args:
         weight: (C, in_channels, patch, patch).
@@ -265,9 +314,9 @@ def _recoloured(weight: Tensor, channels: int) -> Tensor:
 
 
 def _resized_patches(weight: Tensor, size: Size) -> Tensor:
-    """A patch projection for patches of another size that gives resized patches their old embedding.
+    """Resize a patch projection so that resized patches keep their embedding (FlexiViT, arXiv 2212.08013, section 3.4).
 
-    Larger patches: exactly; smaller ones: as well as least squares can (FlexiViT, arXiv 2212.08013, section 3.4).
+    This is exact for larger patches and a least-squares fit for smaller ones.
 
     Args:
         weight: (C, in_channels, height, width).

@@ -1,4 +1,4 @@
-"""How each family of checkpoints names and lays out Swin's parameters: one row per naming, read in both directions.
+"""How each family of checkpoints names and lays out Swin's parameters: one row per naming, used in both directions.
 
 Our names are the official repository's, with `norm0`, `norm1`, ... for output norms, `norm` for a classifier's last
 norm and `head` for its linear layer.
@@ -15,28 +15,28 @@ STAGES = 8  # more than any published model has
 
 @dataclass(frozen=True)
 class Naming:
-    """A key naming. What its tables do not list is named as ours.
+    """A key naming. Parameters that its tables do not list have our names.
 
     Args:
-        name: what the family is called.
-        parts: how keys begin, with `{i}` for a stage, and `{i+1}`, `{2i+1}`, `{2i+2}` where theirs are counted
-            otherwise; a beginning with `/` stands outside ``wrappers``. Where two rows have the same name of ours, the
-            first is written and both are read.
+        name: of the family.
+        parts: beginnings of keys as (ours, theirs), with `{i}` for a stage, and `{i+1}`, `{2i+1}`, `{2i+2}` where
+            theirs are numbered differently; a leading `/` means outside of ``wrappers``. If two rows have the
+            same name of ours, the first is written and both are read.
         inside: names within a block.
-        wrappers: what the backbone is called in the family's classifiers; the first is written, all are read.
-        unfold: patch merging takes its channels in the order of ``nn.Unfold`` (channel, row, column) instead of the
-            official (column, row, channel).
+        wrappers: names of the backbone in the family's classifiers; the first is written, all are read.
+        unfold: patch merging orders its channels as ``nn.Unfold`` does (channel, row, column) instead of the official
+            (column, row, channel).
         qkv_bias: V2 has one bias for q, k and v, with zeros for k, instead of two vectors.
         flat_position: the absolute position embedding is (1, H * W, C) instead of (1, C, H, W).
-        version: 1 or 2 if only that version of Swin is named so.
-        mark: a pattern that some key of the file matches, to tell namings that begin alike.
-        unlike: a pattern that no key of the file matches.
-        lacks: a pattern of our names that the family has no place for.
-        index: the shape of the position index that its strict loading expects beside the parameters, 'square' or
-            'flat'; '' for none.
-        whole: whole detectors and segmentors are published in it, not classifiers only.
-        last_norm: its classifiers write the last norm as the last stage's output norm.
-        under: the key of the file under which its state dict stands; '' for none.
+        version: 1 or 2 if only that version of Swin has this naming.
+        must_match: a pattern that some key matches; tells namings apart that begin alike.
+        must_not_match: a pattern that no key matches.
+        unsupported: a pattern of our names that the family does not have.
+        index: the shape of the position index that strict loading expects, 'square' or 'flat'; '' for none.
+        masks: strict loading of classifiers expects attention masks.
+        whole: whole detectors and segmentors are published in it, not only classifiers.
+        last_norm: its classifiers store the last norm as the last stage's output norm.
+        root_key: the key of the file that holds the state dict; '' for none.
     """
 
     name: str
@@ -47,21 +47,22 @@ class Naming:
     qkv_bias: bool = False
     flat_position: bool = False
     version: int | None = None
-    mark: str = ''
-    unlike: str = r'\A\Z'
-    lacks: str = r'\A\Z'
+    must_match: str = ''
+    must_not_match: str = r'\A\Z'
+    unsupported: str = r'\A\Z'
     index: str = ''
+    masks: bool = False
     whole: bool = False
     last_norm: bool = False
-    under: str = ''
+    root_key: str = ''
 
     @property
     def anchor(self) -> str:
-        """Their name of the patch embedding's weight; finding it tells the naming and the prefix."""
+        """Their name of the patch embedding's weight, by which naming and prefix are found."""
         return self.theirs('patch_embed.proj.weight')
 
     def root(self, prefix: str) -> str:
-        """What stands before the keys outside the wrapper, where ``prefix`` stands before those of the backbone."""
+        """The prefix of keys outside of the wrapper, given that of the backbone's keys."""
         return prefix.removesuffix(next((w for w in self.wrappers if w and prefix.endswith(w)), ''))
 
     def ours(self, key: str) -> str:
@@ -69,13 +70,13 @@ class Naming:
         return _inside_block(_replace_start(key, _starts(self.parts, False)), _starts(self.inside, False))
 
     def theirs(self, key: str) -> str:
-        """Their name for one of ours; with `/` in front, it stands outside the wrapper."""
+        """Their name for one of ours; a leading `/` means outside of the wrapper."""
         return _replace_start(_inside_block(key, _starts(self.inside, True)), _starts(self.parts, True))
 
 
 @functools.cache
 def _starts(names: Names, to_theirs: bool) -> dict[str, str]:
-    """From beginning to beginning, longest first, for every stage."""
+    """Beginning -> replacement for every stage, longest first."""
     found: dict[str, str] = {}
     for ours, theirs in names:
         for i in range(STAGES if '{i}' in ours else 1):
@@ -88,7 +89,7 @@ def _starts(names: Names, to_theirs: bool) -> dict[str, str]:
 
 
 def _inside_block(key: str, starts: dict[str, str]) -> str:
-    """Replace in what follows `layers.i.blocks.j.`."""
+    """Replace the beginning of what follows `layers.i.blocks.j.`."""
     block = re.match(r'layers\.\d+\.blocks\.\d+\.', key)
     return block[0] + _replace_start(key.removeprefix(block[0]), starts) if block else key
 
@@ -103,7 +104,13 @@ def _replace_start(key: str, starts: dict[str, str]) -> str:
 OUTPUT_NORMS = r'norm\d+\..*'
 
 OFFICIAL = Naming(
-    'official', flat_position=True, mark=r'layers\.0\.blocks\.', index='square', whole=True, under='model'
+    'official',
+    flat_position=True,
+    must_match=r'layers\.0\.blocks\.',
+    index='square',
+    masks=True,
+    whole=True,
+    root_key='model',
 )
 MMDET = Naming(
     'mmdet / mmseg',
@@ -112,10 +119,10 @@ MMDET = Naming(
     unfold=True,
     flat_position=True,
     version=1,
-    mark=r'stages\.0\.blocks\.',
+    must_match=r'stages\.0\.blocks\.',
     index='square',
     whole=True,
-    under='state_dict',
+    root_key='state_dict',
 )
 MMPRETRAIN = replace(
     MMDET,
@@ -124,14 +131,14 @@ MMPRETRAIN = replace(
     wrappers=('backbone.',),
     whole=False,
     last_norm=True,
-    mark=r'(\A|\.)head\.fc\.',
+    must_match=r'(\A|\.)head\.fc\.',
 )
 TIMM = Naming(
     'timm',
     parts=(('layers.{i}.downsample', 'layers.{i+1}.downsample'), ('head', 'head.fc')),
-    mark=r'layers\.[1-9]\.downsample\.',
-    unlike=r'layers\.0\.downsample\.',
-    lacks=f'{OUTPUT_NORMS}|absolute_pos_embed',
+    must_match=r'layers\.[1-9]\.downsample\.',
+    must_not_match=r'layers\.0\.downsample\.',
+    unsupported=f'{OUTPUT_NORMS}|absolute_pos_embed',
 )
 TRANSFORMERS = Naming(
     'transformers',
@@ -161,7 +168,7 @@ TRANSFORMERS = Naming(
     wrappers=('swin.', 'model.'),
     flat_position=True,
     version=1,
-    mark=r'encoder\.layers\.0\.blocks\.',
+    must_match=r'encoder\.layers\.0\.blocks\.',
 )
 TORCHVISION = Naming(
     'torchvision',
@@ -173,12 +180,12 @@ TORCHVISION = Naming(
     ),
     inside=(('mlp.fc1', 'mlp.0'), ('mlp.fc2', 'mlp.3')),
     qkv_bias=True,
-    mark=r'features\.1\.0\.attn\.',
-    lacks=f'{OUTPUT_NORMS}|absolute_pos_embed',
+    must_match=r'features\.1\.0\.attn\.',
+    unsupported=f'{OUTPUT_NORMS}|absolute_pos_embed',
     index='flat',
 )
 
-# The first that fits is taken: what carries a mark stands before what it must be told from.
+# Most specific first; the first match wins.
 NAMINGS = (
     TIMM,
     OFFICIAL,
@@ -187,7 +194,7 @@ NAMINGS = (
         MMPRETRAIN,
         parts=(*MMPRETRAIN.parts, ('layers.{i}.downsample', 'stages.{i+1}.downsample')),
         version=2,
-        mark=MMDET.mark,
+        must_match=MMDET.must_match,
     ),
     MMDET,
     replace(
@@ -200,14 +207,14 @@ NAMINGS = (
             ('attn.proj', 'attention.o_proj'),
             ('attn', 'attention.relative_position_bias'),
         ),
-        mark=r'\.attention\.q_proj\.',
+        must_match=r'\.attention\.q_proj\.',
     ),
     TRANSFORMERS,
-    replace(TRANSFORMERS, wrappers=('swinv2.',), version=2, lacks=OUTPUT_NORMS),
+    replace(TRANSFORMERS, wrappers=('swinv2.',), version=2, unsupported=OUTPUT_NORMS),
     TORCHVISION,
 )
 
-# What conversions write, by the name of the target.
+# The namings that conversions write, by target.
 TARGETS: dict[str, tuple[Naming, ...]] = {
     'official': (OFFICIAL,),
     'mmdet': (MMDET,),
@@ -216,22 +223,22 @@ TARGETS: dict[str, tuple[Naming, ...]] = {
     'timm': (TIMM,),
     'transformers': tuple(n for n in NAMINGS if n.name == TRANSFORMERS.name),
     'torchvision': (TORCHVISION,),
-    'swin_mm': (Naming('swin_mm', whole=True, under='state_dict'),),
+    'swin_mm': (Naming('swin_mm', whole=True, root_key='state_dict'),),
 }
 
-# What files hold and the model derives from its sizes, by our names.
+# Buffers that files hold and models compute from their sizes, by our names.
 REBUILT = r'.*\b(relative_position_index|relative_coords_table|attn_mask|k_bias)'
 
-# What a classifier has and a backbone does not: (pattern of our name, what it is).
+# Parts of a classifier that a backbone does not have: (pattern of our name, what it is).
 CLASSIFIER = ((r'head\..*', 'classification head'), (r'norm\..*', "classifier's last norm"))
 
-# What no model of any naming needs.
+# Keys that no model needs.
 LEFTOVERS = (
     (r'(.*\.)?mask_token', 'mask token of pre-training'),
     (r'(.*\.)?ema_.*', 'moving average beside the weights'),
 )
 
-# Published relatives that are other architectures: (pattern of a key in the file, what it is).
+# Other architectures with similar keys: (pattern of a key in the file, what it is).
 RELATIVES = (
     (r'\._moe_layer\.', 'a Swin-MoE, a mixture of experts'),
     (r'\.spatial_mlp\.', 'a Swin-Mixer (Swin MLP), which has no attention'),

@@ -1,7 +1,6 @@
 """mmengine's Runner, set up as our tools need it."""
 
 import os
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.device import get_device
@@ -10,8 +9,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import CheckpointLoader, Runner
 from torch.distributed import init_process_group
 
-from swin_mm.checkpoints import read_checkpoint, unwrap
 from swin_mm.openmmlab.config import config_errors
+from swin_mm.openmmlab.loading import CompleteBackboneHook, read_for_mmengine
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -23,7 +22,9 @@ def build_runner(cfg: Config) -> Runner:
     if cfg.get('launcher') == 'pytorch' and get_device() == 'cpu':
         join_on_cpu(cfg)
     with config_errors(cfg):
-        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner.register_hook(CompleteBackboneHook())
+    return runner
 
 
 def use_safe_reader() -> None:
@@ -31,15 +32,8 @@ def use_safe_reader() -> None:
 
     Its own reader tries that first and then falls back to executing.
     """
-
-    def load_from_any_source(filename: str, map_location: Any = None) -> Any:
-        checkpoint = read_checkpoint(filename, map_location or 'cpu')
-        # mmengine looks under 'state_dict' alone.
-        known = isinstance(checkpoint, dict) and 'state_dict' in checkpoint
-        return checkpoint if known else {'state_dict': unwrap(checkpoint)}
-
     schemes = ['', 'http://', 'https://', 'hf://']
-    CheckpointLoader.register_scheme(prefixes=schemes, loader=load_from_any_source, force=True)
+    CheckpointLoader.register_scheme(prefixes=schemes, loader=read_for_mmengine, force=True)
     # The remaining schemes (model zoos, object stores) end in torch.load, which obeys this.
     os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
 

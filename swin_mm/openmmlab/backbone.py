@@ -1,44 +1,20 @@
 """The backbones that configs name: Swin with OpenMMLab's arguments, freezing and initialisation."""
 
-import contextlib
 import copy
 import inspect
 import logging
-import pickle
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmengine.fileio import get_local_path
-from mmengine.logging import HistoryBuffer, print_log
+from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from torch import nn
 
-from swin_mm.checkpoints import CheckpointError, Report, adapt, read_checkpoint, unwrap
-from swin_mm.checkpoints.files import FETCHERS
-from swin_mm.checkpoints.pickles import ALLOWED
+from swin_mm.checkpoints import CheckpointError, Report, adapt, unwrap
+from swin_mm.checkpoints.loading import nothing_loaded
 from swin_mm.models.swin import ARCHS, SwinPyramid, SwinPyramidV2
+from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.openmmlab.registry import MODELS
-
-
-def _history_method(owner: type, name: str) -> Callable:
-    """What mmengine's training checkpoints use ``getattr`` for, and no more."""
-    if owner is not HistoryBuffer or name.startswith('_'):
-        raise pickle.UnpicklingError(f'GLOBAL getattr of {name}')
-    return getattr(owner, name)
-
-
-@contextlib.contextmanager
-def _from_backend(address: str) -> Iterator[Path]:
-    with get_local_path(address) as path:
-        yield Path(path)
-
-
-ALLOWED += [
-    (HistoryBuffer, f'{HistoryBuffer.__module__}.HistoryBuffer'),
-    (_history_method, 'builtins.getattr'),
-]
-FETCHERS['*'] = _from_backend
 
 
 class _Backbone:
@@ -96,11 +72,11 @@ class _Backbone:
         return self
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names, or keep the random start and say so.
+        """Load what ``init_cfg`` names, or keep the random weights and log that.
 
         Raises:
-            CheckpointError: the checkpoint cannot be read, or does not give every parameter of the backbone (the
-                output norms excepted, which classifiers lack).
+            CheckpointError: the checkpoint cannot be read, or does not give every parameter of the backbone (except
+                the output norms, which classifiers lack).
         """
         configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg] if self.init_cfg else []
         pretrained = [
@@ -120,42 +96,35 @@ class _Backbone:
         path = config['checkpoint']
         checkpoint = read_checkpoint(path, config.get('map_location', 'cpu'))
         try:
-            state = unwrap(checkpoint, config.get('prefix', ''))
-            self.load_state_dict(state, strict=self.strict)
+            self.load_state_dict(unwrap(checkpoint, config.get('prefix', '')), strict=False)
         except RuntimeError as error:
             raise CheckpointError(f'checkpoint {path}: {error}') from error
+        report = self.load_report
+        if self.strict and report is not None and report.problem:
+            raise CheckpointError(f'checkpoint {path}: {report.problem}')
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Convert the keys under ``prefix`` to ours first, so that every way of loading takes every naming."""
+        """Convert the keys under ``prefix`` to ours, then load as any module does.
+
+        So ``load_state_dict`` and mmengine's loader take every known naming, and missing and unexpected keys are
+        counted by them, as strictly as their caller asked for. A state dict of another architecture always raises.
+
+        Raises:
+            CheckpointError: nothing under ``prefix`` fits the backbone.
+        """
         theirs = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        strict = self.strict and _strict_asked()
         if not theirs:
-            if strict and prefix:
-                raise CheckpointError(
-                    f'no key of the checkpoint begins with {prefix!r}, so the backbone would keep its random weights; '
-                    'name weights of a backbone alone in its init_cfg instead of loading them into the whole model, '
-                    'and take off what else the keys begin with'
-                )
-            return super()._load_from_state_dict(state_dict, prefix, *rest)
-        ours, self.load_report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self, strict)
-        for key in theirs:
-            del state_dict[key]
-        state_dict.update({prefix + key: value for key, value in ours.items()})
-        level = logging.INFO if self.load_report.complete and not self.load_report.notes else logging.WARNING
-        print_log(str(self.load_report), logger='current', level=level)
-        return super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
-def _strict_asked() -> bool:
-    """Whether whoever loads a state dict wants all of it.
-
-    torch does not hand its ``strict`` down to the modules, so it is read off the running ``load_state_dict``. mmengine
-    has a loader of its own, whose default is to let anything pass: it is taken to be strict.
-    """
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not nn.Module.load_state_dict.__code__:
-        frame = frame.f_back
-    return frame is None or frame.f_locals['strict']
+            self.load_report = nothing_loaded(self, prefix)
+        else:
+            stripped = {key.removeprefix(prefix): value for key, value in theirs.items()}
+            ours, self.load_report = adapt(stripped, self, strict=False)
+            for key in theirs:
+                del state_dict[key]
+            state_dict.update({prefix + key: value for key, value in ours.items()})
+        if not self.patch_embed.proj.weight.is_meta:  # there only shapes are checked, see require_complete
+            level = logging.WARNING if self.load_report.problem or self.load_report.notes else logging.INFO
+            print_log(str(self.load_report), logger='current', level=level)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 @MODELS.register_module()
@@ -179,8 +148,9 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
         convert_weights: accepted and not needed: namings are recognised.
         init_cfg: how to start; ``dict(type='Pretrained', checkpoint=...)``, a source as
             :func:`swin_mm.checkpoints.read_checkpoint` takes it, optionally with ``prefix``.
-        strict: *new* a checkpoint, however it is loaded, must give the whole backbone, output norms excepted, which
-            classifiers lack; False loads what fits. ``load_report`` tells what happened.
+        strict: *new* the checkpoint of ``init_cfg``, and in this project's tools that of ``load_from`` too, must give
+            the whole backbone, except output norms, which classifiers lack; False loads what fits.
+            ``load_state_dict`` is as strict as its own argument. ``load_report`` tells what happened.
         compile: *new* compile the backbone: True, or the options of ``torch.compile``, such as
             ``dict(mode='reduce-overhead')`` for CUDA graphs.
         **options: the arguments of :class:`swin_mm.models.swin.SwinPyramid`, among them *new*: ``pad_small_map``,

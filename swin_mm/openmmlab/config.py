@@ -15,7 +15,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
-from swin_mm.checkpoints import read_checkpoint
+from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.environment import SCOPES, require
 from swin_mm.utils.errors import CheckpointError, InputError, one_line
 

@@ -1,7 +1,7 @@
 """Writing files atomically."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,36 +14,35 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Write a file so that readers see the old content or all of the new, never a part.
 
     Yields a new temporary file in the same folder and with the same suffix. When the block ends without an error, the
-    temporary file is flushed to disk and replaces ``path``; otherwise it is removed. An existing file keeps its mode.
+    temporary file is flushed to disk and replaces ``path``; otherwise it is removed. An existing file keeps its mode, a
+    new one gets the usual mode of new files, and of a symbolic link the target is replaced.
 
     Args:
         path: the file to write; its folder is created if missing.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, for example because the disk is full or read-only.
     """
     part = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A new file of a random name: a fixed one could be a link that somebody else placed there.
-        handle, name = tempfile.mkstemp(prefix=f'.{path.stem[:40]}.', suffix=path.suffix, dir=path.parent)
+        target = Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # A random name that must be new: a predictable one could be a link that somebody else placed there.
+        suffix = target.suffix if len(target.suffix) <= 20 else ''
+        part = target.with_name(f'.{secrets.token_hex(8)}.part{suffix}')
+        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(handle).st_mode & 0o7777
         os.close(handle)
-        part = Path(name)
+        if target.exists():
+            mode = target.stat().st_mode & 0o7777
         yield part
         with part.open('rb+') as file:
             os.fsync(file.fileno())
-        part.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
-        part.replace(path)
+        part.chmod(mode)
+        part.replace(target)
     except OSError as error:
         raise InputError(f'{path} cannot be written: {error.strerror or error}') from error
     finally:
         if part:
             with suppress(OSError):
                 part.unlink()
-
-
-def _umask() -> int:
-    """Permissions that new files of this process do not get."""
-    mask = os.umask(0)  # the only way to read it is to set it
-    os.umask(mask)
-    return mask

@@ -126,6 +126,26 @@ def test_what_is_written_loads_in_its_library(source, target, version):
     assert relative_error(found[:stages], expected[:stages]) < 1e-5
 
 
+@pytest.mark.parametrize('version, window, size', [(1, 7, 224), (1, 12, 384), (2, 8, 256), (2, 16, 256)])
+def test_official_classifiers_get_every_buffer_that_strict_loading_wants(version, window, size):
+    """The masks are those that timm's model computes, block by block."""
+    official = reference('official', version, 't', window, size)
+    theirs = reference('timm', version, 't', window, size)
+    windows = [min(window, size // 4 >> i) for i in range(4)] if version == 2 else None
+    written = unwrap(convert(parse(theirs.state), 'official', windows)[0])
+    assert {k: v.shape for k, v in written.items()} == {k: v.shape for k, v in official.state.items()}
+    masks = {
+        f'layers.{i}.blocks.{j}.attn_mask': block.attn_mask
+        for i, stage in enumerate(theirs.model.layers)
+        for j, block in enumerate(stage.blocks)
+        if block.attn_mask is not None
+    }
+    assert len(masks) == (2 if window == 16 else 5)
+    assert all(torch.equal(written[key], mask) for key, mask in masks.items())
+    detector = {f'backbone.{k}': v for k, v in written.items() if 'head' not in k}
+    assert not any('attn_mask' in key for key in convert(parse(detector), 'official')[0]['model'])
+
+
 @pytest.mark.parametrize('version', [1, 2])
 def test_files_say_what_they_are(version):
     for library in ('official', 'timm', 'transformers'):

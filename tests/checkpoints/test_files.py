@@ -1,6 +1,7 @@
-"""Files are opened without running anything in them, and what cannot be opened is named."""
+"""Files are opened without running code in them, errors name the file, and writing is atomic."""
 
 import contextlib
+import hashlib
 import http.server
 import io
 import os
@@ -11,8 +12,8 @@ import threading
 import types
 from argparse import Namespace
 from collections import Counter, OrderedDict
-from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -20,9 +21,10 @@ import torch
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
 
-import swin_mm  # noqa: F401 (allows mmengine's plain data)
 from swin_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
 from swin_mm.checkpoints.files import SUFFIXES
+from swin_mm.openmmlab import loading
+from swin_mm.utils.errors import InputError
 
 
 class Attack:
@@ -35,7 +37,7 @@ class Attack:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_pickle_that_runs_code_is_refused_and_named(tmp_path):
+def test_pickles_that_run_code_are_refused(tmp_path):
     file, trace = tmp_path / 'attack.pth', tmp_path / 'trace'
     torch.save({'state_dict': {'w': torch.rand(2)}, 'extra': Attack(trace)}, file)
     with pytest.raises(CheckpointError, match=r'attack.pth wants to run code.*mkdir'):
@@ -50,10 +52,20 @@ class Lookup:
         return getattr, (torch.Tensor, '__init__')
 
 
-def test_getattr_serves_log_histories_only(tmp_path):
+def test_getattr_is_for_log_histories_only(tmp_path):
     torch.save({'state_dict': {'w': torch.rand(2)}, 'extra': Lookup()}, tmp_path / 'lookup.pth')
-    with pytest.raises(CheckpointError, match='lookup.pth wants to run code .getattr of __init__'):
+    with pytest.raises(CheckpointError, match=r'lookup.pth wants to run code .*getattr\)'):
         read_checkpoint(tmp_path / 'lookup.pth')
+    with pytest.raises(CheckpointError, match='lookup.pth wants to run code .getattr of __init__'):
+        loading.read_checkpoint(tmp_path / 'lookup.pth')
+
+
+def test_importing_the_backbones_changes_nothing_for_other_readers(tmp_path):
+    """What mmengine's checkpoints need is passed to the reader, not registered for the whole process."""
+    torch.save({'w': torch.ones(1), 'history': HistoryBuffer([1.0], [1])}, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match='wants to run code .*HistoryBuffer'):
+        read_checkpoint(tmp_path / 'a.pth')
+    assert HistoryBuffer not in torch.serialization.get_safe_globals()
 
 
 def test_training_checkpoints_with_plain_data_load(tmp_path):
@@ -63,13 +75,29 @@ def test_training_checkpoints_with_plain_data_load(tmp_path):
         'meta': {'epoch': 3, 'seed': np.int64(1), 'classes': ('a', 'b')},
     }
     torch.save(content, tmp_path / 'epoch_3.pth')
-    loaded = read_checkpoint(tmp_path / 'epoch_3.pth')
+    loaded = loading.read_checkpoint(tmp_path / 'epoch_3.pth')
     assert torch.equal(loaded['state_dict']['w'], content['state_dict']['w'])
-    assert loaded['message_hub']['loss'].current() == 2.0
+    history = loaded['message_hub']['loss']
+    assert (history.current(), history.mean(), history.max_length) == (2.0, 1.5, 1_000_000)
+    assert loaded['message_hub']['lr'] == 0.1 and np.array_equal(loaded['message_hub']['n'], np.arange(3))
+    assert loaded['meta'] == content['meta']
+    with pytest.raises(CheckpointError, match='malformed log history'):
+        history._log_history = 'text'
+        torch.save(history, tmp_path / 'bad.pth')
+        loading.read_checkpoint(tmp_path / 'bad.pth')
+
+
+def test_mmengine_gets_no_code_to_run(tmp_path):
+    """Runner.resume executes meta.config to look for gpu_ids."""
+    content = {'state_dict': {'w': torch.ones(1)}, 'meta': {'epoch': 1, 'config': 'raise SystemExit'}}
+    torch.save(content, tmp_path / 'a.pth')
+    assert loading.read_for_mmengine(str(tmp_path / 'a.pth'))['meta'] == {'epoch': 1}
+    torch.save({'model': content['state_dict']}, tmp_path / 'b.pth')
+    assert loading.read_for_mmengine(str(tmp_path / 'b.pth'))['state_dict'].keys() == {'w'}
 
 
 @pytest.mark.parametrize('form', ['zip', 'older', 'pickle'])
-def test_settings_that_official_scripts_save_along_are_read_without_their_classes(tmp_path, form, monkeypatch):
+def test_settings_of_official_scripts_are_read_without_their_classes(tmp_path, form, monkeypatch):
     module = types.ModuleType('yacs.config')
 
     class CfgNode(dict):
@@ -168,7 +196,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize('forged', FORGED)
-def test_what_files_may_name_cannot_be_turned_against_the_process(tmp_path, forged):
+def test_known_names_cannot_be_abused(tmp_path, forged):
     (tmp_path / 'a.pkl').write_bytes(FORGED[forged])
     before = (Namespace.__init__, torch._utils._rebuild_tensor_v2.__defaults__)
     with contextlib.suppress(CheckpointError):
@@ -181,7 +209,7 @@ def test_what_files_may_name_cannot_be_turned_against_the_process(tmp_path, forg
             read_checkpoint(tmp_path / 'a.pth')
 
 
-def test_arrays_of_every_kind_of_number_are_read_as_they_are(tmp_path):
+def test_arrays_of_every_numeric_type_are_read_exactly(tmp_path):
     rng = np.random.default_rng(0)
     arrays = [
         (rng.standard_normal((3, 4)) * 9).astype(code) for code in ('f2', 'f4', '>f8', 'i1', 'u2', '>i4', 'i8', '?')
@@ -202,7 +230,7 @@ def test_arrays_of_every_kind_of_number_are_read_as_they_are(tmp_path):
         assert np.array_equal(loaded['settings'].w, arrays[2])
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_unreadable_files_are_named_with_the_reason(tmp_path):
     whole, older, tensors, plain = (tmp_path / name for name in ('whole', 'older', 'tensors', 'plain'))
     state = {'w': torch.rand(1000)}
     torch.save(state, whole)
@@ -228,7 +256,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
         'older.cut': 'is damaged',
         'tensors.cut': 'is damaged',
         'plain.cut': 'is damaged',
-        'flipped': 'is damaged: its part .* checksum',
+        'flipped': 'is damaged, or not a checkpoint: Bad CRC-32',
         'empty': 'is not a checkpoint: it is empty',
         'page': 'is not a checkpoint: it is a web page',
         'pointer': 'is not a checkpoint: .*git lfs pull',
@@ -283,13 +311,15 @@ def test_mmengine_backends_are_asked_for_other_schemes(tmp_path, monkeypatch):
 
     register_backend('teststore', Store, prefixes='teststore', force=True)
     torch.save({'w': torch.ones(2)}, tmp_path / 'swin.pth')
-    assert torch.equal(read_checkpoint('teststore://swin.pth')['w'], torch.ones(2))
+    assert torch.equal(loading.read_checkpoint('teststore://swin.pth')['w'], torch.ones(2))
     with pytest.raises(CheckpointError, match='nosuch://swin.pth cannot be read'):
+        loading.read_checkpoint('nosuch://swin.pth')
+    with pytest.raises(CheckpointError, match='nosuch://swin.pth: expected a path'):
         read_checkpoint('nosuch://swin.pth')
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
-def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix):
+def test_writing_is_atomic(tmp_path, monkeypatch, suffix):
     path = tmp_path / f'swin{suffix}'
     write_checkpoint({'w': torch.ones(3)}, path)
     assert torch.equal(read_checkpoint(path)['w'], torch.ones(3))
@@ -297,53 +327,105 @@ def test_files_appear_whole_or_not_at_all(tmp_path, monkeypatch, suffix):
         write_checkpoint({'w': torch.zeros(3)}, path)
     write_checkpoint({'w': torch.zeros(3)}, path, force=True)
 
-    def fail(content, file, **_):
-        if Path(file) != path:
+    def fail(content, file=None, **_):
+        if file is not None and Path(file) != path:
             Path(file).write_bytes(b'half')
         raise OSError('disk full')
 
     monkeypatch.setattr('torch.save', fail)
-    monkeypatch.setattr('safetensors.torch.save_file', fail)
-    with pytest.raises(OSError, match='disk full'):
+    monkeypatch.setattr('safetensors.torch.save', fail)
+    with pytest.raises(InputError, match=f'{path.name} cannot be written: disk full'):
         write_checkpoint({'w': torch.ones(3)}, path, force=True)
     monkeypatch.undo()
     monkeypatch.setattr('os.replace', fail)
-    with pytest.raises(OSError, match='disk full'):
+    with pytest.raises(InputError, match=f'{path.name} cannot be written: disk full'):
         write_checkpoint({'w': torch.ones(3)}, path, force=True)
     assert torch.equal(read_checkpoint(path)['w'], torch.zeros(3))
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_unwritable_targets_are_refused(tmp_path):
+def test_invalid_targets_are_refused(tmp_path):
     for name, message in {'swin': 'must end in', 'none/swin.pth': 'folder .* does not exist'}.items():
         with pytest.raises(CheckpointError, match=message):
             write_checkpoint({}, tmp_path / name)
 
 
-def test_addresses_are_downloaded_once_each(tmp_path, monkeypatch):
+class Site(http.server.BaseHTTPRequestHandler):
+    """Files by path and query; those in ``cut`` break off after half of their content."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    cut: ClassVar[set[str]] = set()
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        """Send a file."""
+        self.asked.append(self.path)
+        content = self.files.get(self.path)
+        self.send_response(200 if content else 404)
+        self.send_header('Content-Length', str(len(content or b'')))
+        self.end_headers()
+        content = content or b''
+        self.wfile.write(content[: len(content) // 2] if self.path in self.cut else content)
+
+    def log_message(self, *_) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """The address of a server of such files, and a cache of its own."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    (tmp_path / 'site').mkdir()
-    torch.save({'w': torch.ones(2)}, tmp_path / 'site' / 'swin.pth')
-    (tmp_path / 'site' / 'other').mkdir()
-    torch.save({'w': torch.zeros(2)}, tmp_path / 'site' / 'other' / 'swin.pth')
-    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / 'site')
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+    Site.files, Site.cut, Site.asked = {}, set(), []
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}'
-        assert torch.equal(read_checkpoint(f'{address}/swin.pth')['w'], torch.ones(2))
-        assert torch.equal(read_checkpoint(f'{address}/other/swin.pth')['w'], torch.zeros(2))
-        with pytest.raises(CheckpointError, match='other/ names no file'):
-            read_checkpoint(f'{address}/other/')
-        with pytest.raises(CheckpointError, match='absent.pth cannot be read: .*404'):
-            read_checkpoint(f'{address}/absent.pth')
+        yield f'http://127.0.0.1:{server.server_port}'
         server.shutdown()
-    assert torch.equal(read_checkpoint(f'{address}/swin.pth')['w'], torch.ones(2))  # from the cache
 
 
-def test_a_damaged_download_says_where_it_is_kept(tmp_path, monkeypatch):
+def content_of(number: float) -> bytes:
+    file = io.BytesIO()
+    torch.save({'w': torch.full((2,), number)}, file)
+    return file.getvalue()
+
+
+def test_each_address_is_downloaded_once(site):
+    """Also those that differ by folder or query alone."""
+    paths = ['/swin.pth', '/other/swin.pth', '/uc?id=1', '/uc?id=2', '/uc', '/uc?id=1&x=..%2F']
+    Site.files = {path: content_of(number) for number, path in enumerate(paths)}
+    for _ in range(2):
+        for number, path in enumerate(paths):
+            assert read_checkpoint(site + path)['w'][0] == number
+    assert paths == Site.asked
+    for path in ('/other/', '', '/a/../swin.pth'):
+        with pytest.raises(CheckpointError, match='names no file'):
+            read_checkpoint(site + path)
+    with pytest.raises(CheckpointError, match='absent.pth cannot be read: .*404'):
+        read_checkpoint(f'{site}/absent.pth')
+
+
+def test_half_downloads_are_not_kept(site, tmp_path):
+    Site.files, Site.cut = {'/swin.pth': content_of(1)}, {'/swin.pth'}
+    with pytest.raises(CheckpointError, match=r'broke off after [\d,]+ of [\d,]+ bytes; nothing was kept'):
+        read_checkpoint(f'{site}/swin.pth')
+    assert not [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
+    Site.cut = set()
+    assert read_checkpoint(f'{site}/swin.pth')['w'][0] == 1
+
+
+def test_the_hash_in_a_name_is_checked(site, tmp_path):
+    right = f'/swin-{hashlib.sha256(content_of(1)).hexdigest()[:8]}.pth'
+    Site.files = {path: content_of(1) for path in (right, '/swin-deadbeef.pth', '/swin-20211231.pth')}
+    with pytest.raises(CheckpointError, match=r'name promises deadbeef\.\.\.; nothing was kept'):
+        read_checkpoint(f'{site}/swin-deadbeef.pth')
+    assert not [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
+    for path in (right, '/swin-20211231.pth'):
+        assert read_checkpoint(site + path)['w'][0] == 1
+
+
+def test_damaged_downloads_say_where_they_are_cached(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
     kept = tmp_path / 'hub' / 'swin_mm' / 'site' / 'swin.pth'
     kept.parent.mkdir(parents=True)
     kept.write_bytes(b'PK half')
-    with pytest.raises(CheckpointError, match=f'https://site/swin.pth is damaged.*{kept}: delete that'):
+    with pytest.raises(CheckpointError, match=f'https://site/swin.pth is damaged.*cached as {kept}: delete that'):
         read_checkpoint('https://site/swin.pth')

@@ -67,10 +67,10 @@ def test_classifier_loads_strictly_with_its_leftovers_accounted_for(model):
     assert str(report).splitlines() == [
         'Swin weights, official naming:',
         '  loaded                              117',
-        '  rebuilt                              11  indices, tables and masks follow from the sizes',
+        '  rebuilt                              11  index tables and masks, computed from the sizes',
         "  not needed: classifier's last norm    2",
         '  not needed: classification head       2',
-        '  new                                   8  output norms, which classifiers lack; they start as new norms',
+        '  new                                   8  output norms, which classifiers lack; they stay as initialised',
     ]
 
 
@@ -89,8 +89,10 @@ def test_a_model_that_ends_like_a_classifier_takes_its_norm(model):
 def test_output_norms_missing_from_a_detector_are_reported(model):
     state = model.state_dict()
     del state['norm2.weight']
-    with pytest.raises(RuntimeError, match='norm2.weight is missing'):
+    with pytest.raises(RuntimeError, match='Missing key.*"norm2.weight"'):
         swin_mm.SwinTransformer(**SMALL).load_state_dict(state)
+    with pytest.raises(CheckpointError, match='norm2.weight is missing'):
+        adapt(state, model)
 
 
 def test_parts_that_no_output_reads_are_dropped(model):
@@ -103,8 +105,10 @@ def test_parts_that_no_output_reads_are_dropped(model):
 
 def test_unknown_keys_of_the_backbone_are_refused(model):
     state = model.state_dict() | {'layers.0.blocks.0.attn.extra': torch.rand(2)}
-    with pytest.raises(RuntimeError, match='layers.0.blocks.0.attn.extra is not in the model'):
+    with pytest.raises(RuntimeError, match='Unexpected key.*"layers.0.blocks.0.attn.extra"'):
         swin_mm.SwinTransformer(**SMALL).load_state_dict(state)
+    with pytest.raises(CheckpointError, match='layers.0.blocks.0.attn.extra is not in the model'):
+        adapt(state, model)
     result = swin_mm.SwinTransformer(**SMALL).load_state_dict(state, strict=False)
     assert result.unexpected_keys == ['layers.0.blocks.0.attn.extra']
 
@@ -229,7 +233,7 @@ def test_flat_position_embeddings_take_the_grid_of_the_model():
     assert torch.equal(ours['absolute_pos_embed'], old.absolute_pos_embed)
     assert not report.resized and 'absolute_pos_embed' in report.converted
     square = swin_mm.SwinTransformer(**options, pretrain_img_size=64)
-    with pytest.raises(CheckpointError, match='120 positions, which are no square'):
+    with pytest.raises(CheckpointError, match='120 positions, which is not a square number'):
         adapt(old.state_dict() | {'absolute_pos_embed': flat[:, :120]}, square)
 
 
@@ -269,7 +273,7 @@ def test_v2_windows_that_differ_from_the_weights_are_pointed_out():
     other = swin_mm.SwinTransformerV2(arch='t', window_size=16)
     other.load_state_dict(theirs.state)
     (note,) = other.load_report.notes
-    assert 'trained with windows [(8, 8), (8, 8), (8, 8), (8, 8)], this model reads it as of windows [(16, 16),' in note
+    assert 'trained with windows [(8, 8), (8, 8), (8, 8), (8, 8)], this model uses it as of windows [(16, 16),' in note
     assert 'set pretrained_window_sizes=(8, 8, 8, 8)' in note
     told = swin_mm.SwinTransformerV2(arch='t', window_size=16, pretrained_window_sizes=(8, 8, 8, 8))
     told.load_state_dict(theirs.state)
@@ -334,3 +338,23 @@ def test_odd_states_end_in_one_clear_error(model):
     key = 'layers.0.blocks.0.attn.relative_coords_table'
     for table in (torch.zeros_like(theirs[key]), theirs[key].to('meta')):
         assert parse(theirs | {key: table}).windows()[0] == (8, 8)
+
+
+@pytest.mark.parametrize('dtype', [torch.int8, torch.bool, torch.int64, torch.complex64])
+def test_weights_must_be_floating_point(model, dtype):
+    """Quantised or damaged files would load as numbers without meaning."""
+    state = {key: value.to(dtype) for key, value in model.state_dict().items()}
+    name = str(dtype).removeprefix('torch.')
+    with pytest.raises(CheckpointError, match=f'patch_embed.proj.weight is {name}, expected floating point'):
+        swin_mm.SwinTransformer(**SMALL).load_state_dict(state, strict=False)
+    one = model.state_dict() | {'norm1.weight': state['norm1.weight']}
+    ours, report = adapt(one, model, strict=False)
+    assert 'norm1.weight' not in ours and not report.complete and 'UNUSABLE' in str(report)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_pointed_out(model, value):
+    state = model.state_dict() | {'norm1.weight': torch.full((64,), value)}
+    _, report = adapt(state, model)
+    assert report.notes == ['WARNING: 1 of the parameters have NaN or infinite values: norm1.weight']
+    assert 'NaN' in str(report)

@@ -13,6 +13,7 @@ from torch import nn
 
 import swin_mm
 from swin_mm.checkpoints import CheckpointError
+from swin_mm.openmmlab.loading import require_complete_backbones
 
 BOTH = pytest.mark.parametrize('backbone', [swin_mm.SwinTransformer, swin_mm.SwinTransformerV2])
 
@@ -255,30 +256,23 @@ def test_detector_checkpoints_load_with_the_backbone_inside(tmp_path, loader):
     assert state.keys() == before.keys()
 
 
-def load(model: nn.Module, state: dict, way: str, tmp_path) -> None:
-    """Load in one of the ways that do not ask for less than everything."""
-    if way == 'torch':
-        model.load_state_dict(state)
-    else:
-        load_checkpoint(model, state_file(state, tmp_path))  # mmengine's default is to let anything pass
-
-
-@pytest.mark.parametrize('way', ['torch', 'mmengine'])
-def test_part_of_a_backbone_is_no_backbone(tmp_path, way):
+def test_part_of_a_backbone_is_not_a_backbone(tmp_path):
+    """torch raises, and mmengine's loader, which lets anything pass, leaves a report for CompleteBackboneHook."""
     whole = {k: v for k, v in Detector().state_dict().items() if k != 'backbone.layers.2.blocks.1.mlp.fc1.bias'}
     backbone = {k.removeprefix('backbone.'): v for k, v in whole.items()}
-    for state, message in (
-        (whole, 'layers.2.blocks.1.mlp.fc1.bias is missing'),
-        (backbone, "begins with 'backbone.'"),
-    ):
+    for state, message in ((whole, 'fc1.bias is missing'), (backbone, "begins with 'backbone.'")):
         model = Detector()
-        with pytest.raises(CheckpointError, match=message):
-            load(model, state, way, tmp_path)
-        # Asked for, of torch or of the backbone, it loads what fits.
+        with pytest.raises(RuntimeError, match=r'Missing key.*"backbone.layers.2.blocks.1.mlp.fc1.bias"'):
+            model.load_state_dict(state)
         result = model.load_state_dict(state, strict=False)
         assert 'backbone.layers.2.blocks.1.mlp.fc1.bias' in result.missing_keys
-        model.backbone.strict = False
+        model = Detector()
         load_checkpoint(model, state_file(state, tmp_path))
+        assert message in model.backbone.load_report.problem
+        with pytest.raises(CheckpointError, match=message):
+            require_complete_backbones(model)
+        model.backbone.strict = False
+        require_complete_backbones(model)
     assert torch.equal(model.head.bias, whole['head.bias'])
 
 

@@ -1,15 +1,21 @@
 """tools/convert_checkpoint.py, run as users run it."""
 
 import hashlib
-import runpy
+import importlib
+import json
+import os
+import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
 from safetensors.torch import load_file
-from support.oracles import SMALL, randomise
+from support.oracles import SMALL, randomise, relative_error
 
 import swin_mm
 from swin_mm.cli import run
@@ -20,11 +26,11 @@ TOOL = Path(__file__).parents[2] / 'tools' / 'convert_checkpoint.py'
 @pytest.fixture
 def convert(monkeypatch, capsys):
     """The tool in this process, which saves starting one each time: arguments to (exit code, output, errors)."""
-    tool = runpy.run_path(str(TOOL))
+    tool = importlib.import_module('tools.convert_checkpoint')
 
     def call(*args: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, 'argv', [str(TOOL), *map(str, args)])
-        code = run(tool['main'], tool['parse_args']())
+        code = run(tool.main, tool.parse_args())
         return code, *capsys.readouterr()
 
     return call
@@ -68,6 +74,71 @@ def test_inspect_tells_what_a_file_is(convert, file):
     assert rows['beside the weights'] == 'optimizer'
 
 
+def test_the_inspected_config_line_can_be_pasted(convert, file, tmp_path):
+    """Also for unusual sizes: it builds a backbone that the file fits."""
+    odd = {'embed_dims': 24, 'depths': (1, 1, 2), 'num_heads': (1, 2, 4), 'in_channels': 4, 'patch_size': 2}
+    odd |= {'strides': (2, 2, 2), 'out_indices': (0, 1, 2), 'window_size': 5}
+    torch.save(swin_mm.SwinTransformer(**odd).state_dict(), tmp_path / 'odd.pth')
+    second = swin_mm.SwinTransformerV2(**SMALL, window_size=8).state_dict()
+    torch.save(second, tmp_path / 'v2.pth')
+    for source in (file, tmp_path / 'odd.pth', tmp_path / 'v2.pth'):
+        line = re.search(r'as backbone +(dict.*)', convert(source, '--inspect')[1])[1]
+        assert '...' not in line
+        if source.name == 'odd.pth':
+            line = line[:-1] + ', out_indices=(0, 1, 2))'  # what a file of three stages cannot tell
+        (tmp_path / 'config.py').write_text(f'backbone = {line}\n')
+        model = MODELS.build(Config.fromfile(tmp_path / 'config.py').backbone)
+        model.init_cfg = {'type': 'Pretrained', 'checkpoint': str(source)}
+        model.init_weights()
+        assert model.load_report.complete and not model.load_report.resized
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_transformers_reads_the_folder_that_is_written(convert, tmp_path, version):
+    transformers = pytest.importorskip('transformers')
+    source, window = tmp_path / 'swin.pth', 7 + version - 1
+    backbone = (swin_mm.SwinTransformer, swin_mm.SwinTransformerV2)[version - 1]
+    model = randomise(backbone(**SMALL, window_size=window)).eval()
+    classifier = {key: value for key, value in model.state_dict().items() if not key.startswith('norm')}
+    classifier |= {'norm.weight': torch.rand(256), 'norm.bias': torch.rand(256)}
+    classifier |= {'head.weight': torch.rand(5, 256), 'head.bias': torch.rand(5)}
+    image, family = torch.rand(1, 3, 32 * window, 32 * window), f'Swin{"v2" * (version - 1)}'
+    for name, state in {'backbone': model.state_dict(), 'classifier': classifier}.items():
+        if (name, version) == ('backbone', 2):
+            continue  # its backbone has no output norms
+        torch.save(state, source)
+        folder = tmp_path / name
+        folder.mkdir()
+        args = (source, folder / 'model.safetensors', '--to', 'transformers', '--window', str(window))
+        code, out, errors = convert(*args)
+        assert code == 0, errors
+        assert f'config  {folder / "config.json"}' in re.sub(' +', '  ', out).replace('  /', '  /')
+        if name == 'backbone':
+            theirs, info = transformers.SwinBackbone.from_pretrained(folder, output_loading_info=True)
+            features = theirs.eval()(image).feature_maps
+        else:
+            theirs, info = getattr(transformers, f'{family}Model').from_pretrained(folder, output_loading_info=True)
+            features = theirs.eval()(image, output_hidden_states=True).reshaped_hidden_states
+            whole = getattr(transformers, f'{family}ForImageClassification').from_pretrained(folder)
+            assert whole(image).logits.shape == (1, 5)
+        assert not info['missing_keys'] and not info['mismatched_keys']
+        with torch.no_grad():
+            if name == 'backbone':
+                ours = model(image)
+                assert relative_error(ours, features) < 1e-5
+            else:  # the last map has no shift there
+                plain = backbone(**SMALL, window_size=window, pad_small_map=False).eval()
+                plain.load_state_dict(model.state_dict())
+                for i in range(4):
+                    setattr(plain, f'norm{i}', torch.nn.Identity())
+                maps = plain(image)
+                merged = [plain.layers[i].downsample(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for i in range(3)]
+                assert relative_error([*merged, maps[3]], features[1:]) < 1e-5
+        assert json.loads((folder / 'config.json').read_text())['window_size'] == window
+        assert convert(*args)[0] == 2
+        assert convert(*args, '--force')[0] == 0
+
+
 def test_bad_input_is_one_line_and_writes_nothing(convert, file, tmp_path):
     there = tmp_path / 'there.pth'
     there.write_bytes(b'kept')
@@ -88,3 +159,31 @@ def test_bad_input_is_one_line_and_writes_nothing(convert, file, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {'there.pth', 'resnet.pth'}
     assert convert(file, there, '--to', 'timm', '--force')[0] == 0
     assert 'layers.1.downsample.reduction.weight' in torch.load(there)
+
+
+def test_force_keeps_the_mode_and_a_full_disk_keeps_the_file(convert, file, tmp_path):
+    there = tmp_path / 'there.pth'
+    there.write_bytes(b'kept')
+    there.chmod(0o640)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for name in ('there.pth', 'new.safetensors'):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+        try:
+            code, _, errors = convert(file, tmp_path / name, '--to', 'mmdet', '--force')
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert (code, errors.count('\n')) == (2, 1)
+        assert f'{name} cannot be written' in errors
+    assert there.read_bytes() == b'kept' and os.listdir(tmp_path) == ['there.pth']
+    assert convert(file, there, '--to', 'mmdet', '--force')[0] == 0
+    assert there.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_file_names_need_not_be_text(convert, file, tmp_path, suffix):
+    folder = tmp_path / os.fsdecode(b'\xff\xfe')
+    folder.mkdir()
+    code, out, errors = convert(file, folder / f'a{suffix}', '--to', 'timm')
+    assert code == 0, errors
+    assert r'\xff\xfe' in out
+    assert convert(folder / f'a{suffix}', '--inspect')[0] == 0
