@@ -10,7 +10,7 @@ from swin_mm.utils.errors import InputError
 @pytest.mark.parametrize(
     'part, section, setting, named',
     [
-        ('train', 'train_dataloader', {'dataset': {'proposal_file': 'x.pkl'}}, 'train_dataloader.dataset.proposal_file'),
+        ('train', 'train_dataloader', {'dataset': {'proposal_file': 'x.pkl'}}, 'dataset.proposal_file'),
         ('val', 'val_dataloader', {'dataset': {'datasets': [{'ann_file': 'x.pickle'}]}}, 'datasets.0.ann_file'),
         ('train', 'train_dataloader', {'dataset': {'pipeline': [{'decode_backend': 'pickle'}]}}, 'decode_backend'),
         ('test', 'test_evaluator', [{'file_format': 'pkl'}], 'test_evaluator.0.file_format'),
