@@ -4,9 +4,10 @@ Exit codes: 0 success, 1 failure, 2 invalid input, 128 + signal number when inte
 """
 
 import os
+import signal
 import sys
 import traceback
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ def parser(description: str, runner: bool = True, **kwargs: Any) -> ArgumentPars
     """The arguments that all tools on a config have, with the names that mmdet and mmseg use.
 
     Args:
-        description: What the tool does.
-        runner: Whether it builds mmengine's Runner, which wants a work_dir and a launcher.
-        kwargs: More for ArgumentParser.
+        description: what the tool does.
+        runner: whether it builds mmengine's Runner, which wants a work_dir and a launcher.
+        kwargs: more for ArgumentParser; an ``epilog`` keeps its line breaks.
     """
+    kwargs.setdefault('formatter_class', RawDescriptionHelpFormatter)
     result = ArgumentParser(description=description, **kwargs)
-    result.add_argument('config', help='config file')
+    result.add_argument('config', help='config file, or a name in a library such as mmdet::retinanet/...')
     result.add_argument(
         '--cfg-options',
         nargs='+',
@@ -36,10 +38,15 @@ def parser(description: str, runner: bool = True, **kwargs: Any) -> ArgumentPars
         metavar='KEY=VALUE',
         help='change settings of the config: model.backbone.with_cp=True, or lists as key="[a,b]" or key=a,b',
     )
-    result.add_argument('--debug', action='store_true', help='show where an error arose')
+    result.add_argument('--debug', action='store_true', help='show the traceback of an error')
     if not runner:
         return result
     result.add_argument('--work-dir', help='folder for logs and checkpoints (default: work_dirs/<name of the config>)')
+    result.add_argument(
+        '--allow-pickle',
+        action='store_true',
+        help='open pickles that the config names (proposal_file=x.pkl): they can run any code, so only trusted ones',
+    )
     result.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none', help='job launcher')
     # torchrun and its forerunners pass the rank by one of these names or in the environment.
     result.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by the launcher')
@@ -51,20 +58,57 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> int:
 
     An error that is not about the input keeps its traceback: it may come hours into a run.
     """
+    _open_streams()
     try:
         main(args)
-    except (InputError, CheckpointError, DependencyError) as error:
+        sys.stdout.flush()
+    except (InputError, CheckpointError, DependencyError, SyntaxError) as error:
+        if _was_interrupted(error):  # mmengine turns Ctrl-C while it formats a config into a SyntaxError
+            return _stopped_at_once()
+        if isinstance(error, SyntaxError):
+            raise
         if args.debug:
             traceback.print_exc()
         print(f'error: {error}', file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of a pipe has ended, as in `| head`
+        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (Python flushes it at the end)
+        return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.code
     except KeyboardInterrupt:
-        print('stopped at once; nothing was saved by this', file=sys.stderr)
-        return 130
+        return _stopped_at_once()
     return 0
+
+
+def _stopped_at_once() -> int:
+    print('stopped at once, without saving', file=sys.stderr)
+    return 128 + signal.SIGINT
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether an error was raised because of Ctrl-C."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _open_streams() -> None:
+    """Have standard streams that can be written to, whatever the shell closed and the locale lacks.
+
+    Where standard output is closed, the next file that is opened would take its place and get what is printed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 (open as long as the process)
+        elif hasattr(getattr(sys, name), 'reconfigure'):
+            getattr(sys, name).reconfigure(errors='backslashreplace')
 
 
 def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg: cfg) -> Config:
@@ -75,7 +119,7 @@ def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg
         change: what happens to the config before its options are set.
 
     Raises:
-        InputError: it is not there or does not read.
+        InputError: it is not there or cannot be read, or the options do not fit it.
         DependencyError: it builds on a library that is absent or broken.
     """
     cfg = change(load_config(args.config))
@@ -84,6 +128,9 @@ def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg
 
     if 'launcher' not in args:
         return cfg
+    if not args.allow_pickle:
+        # In this process torch.load never runs code, also where mmengine, mmdet or mmseg call it for a part of a model.
+        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
     cfg.launcher = args.launcher
     if args.launcher in ('slurm', 'mpi') and get_device() == 'cpu':
         raise InputError(f'--launcher {args.launcher} needs GPUs and torch sees none; on CPUs use tools/dist_train.sh')
@@ -91,14 +138,25 @@ def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg
         raise InputError('--launcher pytorch is for processes that torchrun starts; use tools/dist_train.sh')
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or str(Path('work_dirs', Path(args.config).stem))
+    _require_utf8(os.path.abspath(args.config), os.path.abspath(cfg.work_dir))
     return cfg
 
 
+def _require_utf8(*paths: str) -> None:
+    """Logs and the config that mmengine writes are UTF-8 and cannot hold the names of other files."""
+    for path in paths:
+        try:
+            path.encode()
+        except UnicodeEncodeError as error:
+            shown = path.encode('utf-8', 'backslashreplace').decode()
+            raise InputError(f'the path {shown} is not UTF-8; rename it, or choose another folder') from error
+
+
 def parse_size(option: str, text: str | None, separator: str, least: int = 0) -> tuple[int, int] | None:
-    """Two whole numbers that an option gives, such as 1333x800, or None if it is not given.
+    """Parse two integers, such as 1333x800; None if the option is not given.
 
     Raises:
-        InputError: it gives something else.
+        InputError: the text is something else.
     """
     if text is None:
         return None

@@ -1,21 +1,20 @@
-from pickle import UnpicklingError
+import os
+import signal
+import sys
 
 import pytest
-import torch
 from mmengine.config import Config
-from mmengine.runner import CheckpointLoader
-from support.tool_fixtures import Bomb
 
 from swin_mm import cli
-from swin_mm.checkpoints import CheckpointError
-from swin_mm.engine.runner import use_safe_reader
 from swin_mm.openmmlab.config import require_data
 from swin_mm.utils.errors import InputError, Stopped
 
 
 @pytest.fixture
-def parse(tmp_path):
+def parse(tmp_path, monkeypatch):
     """Write a config and parse a command line on it."""
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '')  # so that it is restored
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')
 
     def call(text, *arguments):
         path = tmp_path / 'config.py'
@@ -121,14 +120,71 @@ def test_exit_codes(parse, capsys):
     assert 'Traceback' in capsys.readouterr().err
 
 
-def test_mmengine_does_not_run_code_in_checkpoints(tmp_path, monkeypatch):
-    # Without this its reader warns and then unpickles everything.
-    monkeypatch.setattr(CheckpointLoader, '_schemes', CheckpointLoader._schemes.copy())
-    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')
-    use_safe_reader()
-    torch.save({'state_dict': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
-    with pytest.raises(CheckpointError, match='wants to run code'):
-        CheckpointLoader.load_checkpoint(str(tmp_path / 'bomb.pth'))
-    with pytest.raises(UnpicklingError):  # what the loaders of the other schemes end in
-        torch.load(tmp_path / 'bomb.pth', weights_only=False)
-    assert not (tmp_path / 'exploded').exists()
+def test_ctrl_c_while_a_config_is_formatted(parse, capsys):
+    def main(_):
+        try:
+            try:
+                raise KeyboardInterrupt
+            except BaseException:  # as mmengine does
+                raise SyntaxError('Failed to format the config file') from None
+        except SyntaxError as error:
+            raise InputError('cannot be built') from error
+
+    assert cli.run(main, parse('')) == 130
+    assert capsys.readouterr().err == 'stopped at once, without saving\n'
+
+    def broken(_):
+        raise SyntaxError('not the user')
+
+    with pytest.raises(SyntaxError):
+        cli.run(broken, parse(''))
+
+
+def exit_code_in_a_fork(function):
+    """The exit code that a function gives in a process of its own."""
+    process = os.fork()
+    if process == 0:
+        os._exit(function())
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def test_a_closed_standard_output_gets_into_no_file(parse, tmp_path):
+    args = parse('')
+
+    def main(_):
+        with (tmp_path / 'log').open('w'):
+            os.write(1, b'printed')
+
+    def run():
+        os.close(1)
+        sys.stdout = None
+        return cli.run(main, args)
+
+    assert exit_code_in_a_fork(run) == 0
+    assert (tmp_path / 'log').read_text() == ''
+
+
+def test_a_reader_that_has_ended_is_no_error(parse, capfd):
+    args = parse('')
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    def run():
+        sys.stdout = os.fdopen(writer, 'w')
+        return cli.run(lambda _: print('to nobody'), args)
+
+    assert exit_code_in_a_fork(run) == 128 + signal.SIGPIPE
+    assert capfd.readouterr().err == ''
+
+
+def test_paths_that_are_not_utf8(tmp_path, parse):
+    name = os.fsdecode(b'caf\xe9')
+    with pytest.raises(InputError, match=r'caf.udce9 is not UTF-8'):
+        cli.read_config(parse('', '--work-dir', str(tmp_path / name)))
+
+
+def test_torch_loads_weights_only_unless_the_user_says_so(parse):
+    cli.read_config(parse('', '--allow-pickle'))
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+    cli.read_config(parse(''))
+    assert os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] == '1'

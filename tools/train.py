@@ -1,42 +1,52 @@
 """Train a detector or a segmentor: python tools/train.py CONFIG."""
 
-import importlib.util
 import sys
 from argparse import Namespace
 
-from mmengine.config import Config
-from mmengine.device import get_device
-
 from swin_mm import cli
-from swin_mm.engine import preemption
-from swin_mm.engine.runner import build_runner, use_safe_reader
+from swin_mm.engine import training
 from swin_mm.models.swin import ARCHS
-from swin_mm.openmmlab.config import require_data, require_pretrained
-from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.openmmlab.plug import plug
-from swin_mm.utils.errors import InputError
 
-VIS_BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}
+EXAMPLES = """
+examples:
+  train Mask R-CNN on COCO, with the data where the config says:
+    python tools/train.py configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py
+  the same on one GPU with 4 images per step, in mixed precision:
+    python tools/train.py CONFIG --amp-dtype bf16 --auto-scale-lr --cfg-options train_dataloader.batch_size=4
+  continue after Ctrl-C, a full disk or a lost machine:
+    python tools/train.py CONFIG --resume
+  8 GPUs: tools/dist_train.sh CONFIG 8
+
+Ctrl-C, SIGTERM and SIGHUP save a checkpoint first; the same again stops at once.
+"""
 
 
 def parse_args() -> Namespace:
     """Read the command line."""
-    parser = cli.parser('Train a detector or a segmentor')
-    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU only)')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
+    parser = cli.parser('Train a detector or a segmentor', epilog=EXAMPLES)
+    parser.add_argument('--amp', action='store_true', help='mixed precision, GPU only')
+    parser.add_argument(
+        '--amp-dtype',
+        choices=sorted(training.AMP_DTYPES),
+        help='mixed precision in this type (implies --amp): bf16 needs no loss scaling, fp16 runs on older GPUs too',
+    )
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size of all GPUs together'
+    )
     parser.add_argument(
         '--vis',
-        choices=sorted(VIS_BACKENDS),
+        choices=sorted(training.VIS_BACKENDS),
         action='append',
         default=[],
-        help='log to TensorBoard (in the work_dir) or Weights & Biases too',
+        help='log to TensorBoard (in the work_dir) or Weights & Biases too; may be repeated',
     )
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint, or without a value from the last one in the work_dir',
+        help='continue from a checkpoint, without a value from the last one in the work_dir',
     )
     parser.add_argument(
         '--plug', choices=sorted(ARCHS), metavar='ARCH', help='train with a Swin of this size (t, s, b, l) as backbone'
@@ -47,64 +57,13 @@ def parse_args() -> Namespace:
 def main(args: Namespace) -> None:
     """Train."""
     cfg = cli.read_config(args, lambda cfg: plug(cfg, args.plug) if args.plug else cfg)
-    if args.amp:
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    if 'Amp' in str(cfg.optim_wrapper.get('type')) and get_device() == 'cpu':
-        raise InputError(
-            'mixed precision (--amp, AmpOptimWrapper) needs a GPU and torch sees none; leave out --amp or set '
-            '--cfg-options optim_wrapper.type=OptimWrapper'
-        )
+    if args.amp or args.amp_dtype:
+        training.use_amp(cfg, args.amp_dtype)
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
-            raise InputError(
-                '--auto-scale-lr needs the batch size that the learning rate was chosen for: '
-                'auto_scale_lr = dict(base_batch_size=16) in the config'
-            )
-        cfg.auto_scale_lr.enable = True
-        # mmengine compares this with the batches of one iteration.
-        cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get('accumulative_counts', 1)
+        training.scale_learning_rate(cfg)
     for package in args.vis:
-        log_to(cfg, package)
-    require_data(cfg, 'train', *(['val'] if cfg.get('val_cfg') else []))
-    use_safe_reader()
-    set_start(cfg, args.resume)
-
-    preemption.install()
-    preemption.InterruptHook().train(build_runner(cfg))
-
-
-def log_to(cfg: Config, package: str) -> None:
-    """Add mmengine's writer for a package to the visualizer."""
-    if importlib.util.find_spec(package) is None:
-        raise InputError(f'--vis {package} needs the package {package}; install it with: pip install {package}')
-    visualizer = cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
-    visualizer.vis_backends = [*(visualizer.get('vis_backends') or []), dict(type=VIS_BACKENDS[package])]
-
-
-def set_start(cfg: Config, resume: str | None) -> None:
-    """Say in the config what training starts from, and read that now: an error after minutes of building is late."""
-    if resume is None and cfg.get('resume') and not cfg.get('load_from'):
-        resume = 'auto'
-    if resume == 'auto':
-        resume = preemption.last_checkpoint(cfg.work_dir)
-        if resume is None:
-            print(f'nothing to resume in {cfg.work_dir}: training starts anew')
-    if resume is not None:
-        cfg.resume, cfg.load_from = True, resume
-    if not cfg.get('load_from'):
-        require_pretrained(cfg)
-        return
-
-    checkpoint = read_checkpoint(cfg.load_from)
-    if cfg.get('resume'):
-        if lacking := {'meta', 'message_hub', 'state_dict', 'optimizer'} - checkpoint.keys():
-            raise InputError(
-                f'{cfg.load_from} is no checkpoint of a training run (it has no {", ".join(sorted(lacking))}); to '
-                'start from its weights use --cfg-options load_from=CHECKPOINT instead of --resume'
-            )
-        # The samplers take their seed when they are built, before mmengine restores that of the interrupted run.
-        cfg.randomness = {'seed': checkpoint['meta'].get('seed')} | cfg.get('randomness', {})
+        training.log_to(cfg, package)
+    training.train(cfg, resume=args.resume, allow_pickle=args.allow_pickle)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import colorsys
 import io
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import redirect_stdout
@@ -20,10 +21,10 @@ from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from swin_mm.engine.runner import use_safe_reader
+from swin_mm.engine.runner import load_complete
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import config_errors, test_dataset
-from swin_mm.openmmlab.loading import read_checkpoint
+from swin_mm.openmmlab.loading import read_for_mmengine
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
 
@@ -64,8 +65,7 @@ class Predictor:
                 'there should be a test_dataloader, whose pipeline prepares the images'
             )
         self.score_thr = score_thr
-        use_safe_reader()
-        content = read_checkpoint(checkpoint)
+        content = read_for_mmengine(checkpoint)
         init_default_scope(cfg.default_scope)
         if tta:
             apply_tta(cfg)
@@ -76,15 +76,13 @@ class Predictor:
             from mmdet.apis import DetInferencer as Inferencer
         else:
             from mmseg.apis import MMSegInferencer as Inferencer
-        said = io.StringIO()
         with config_errors(cfg):
             metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
-            with redirect_stdout(said):
-                self.inferencer = Inferencer(cfg, checkpoint, device=device, show_progress=False)
-        # mmengine prints this and goes on with random weights.
-        if wrong := re.search(r'(size mismatch for|missing keys in source state_dict:) .{,200}', said.getvalue()):
-            raise InputError(f'{checkpoint} is not a checkpoint of {cfg.filename}: {wrong[0]}')
-        meta = content.get('meta', {}) if isinstance(content, dict) else {}
+            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # that there are no weights yet
+                self.inferencer = Inferencer(cfg, None, device=device, show_progress=False)
+            load_complete(self.inferencer.model, content['state_dict'], checkpoint)
+        meta = content.get('meta') or {}
         self.classes, self.palette = _classes(metainfo, meta.get('dataset_meta') or meta)
         self.inferencer.visualizer.dataset_meta = {'classes': self.classes, 'palette': self.palette}
         compute_in(dtype, self.inferencer.model.module if tta else self.inferencer.model)

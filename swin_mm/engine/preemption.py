@@ -1,29 +1,32 @@
-"""Ending a training run at any time without losing it."""
+"""Stopping a training run at any time without losing it, and resuming it as if it had never stopped."""
 
 import os
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, barrier, is_main_process
-from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import Hook
-from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop, Runner, find_latest_checkpoint
+from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
 
+from swin_mm.engine.dataloading import seed_all
 from swin_mm.utils.errors import Stopped
+from swin_mm.utils.files import atomic_write
 
 FILENAME = 'interrupted.pth'
-_DONE = 'batches_done'  # where the message hub, which checkpoints carry, keeps how far the epoch is
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_VALIDATED_AT = 'validated_at'  # key in the message hub, which checkpoints carry: the iteration of the last validation
 
 
-class InterruptHook(Hook):
-    """On Ctrl-C or SIGTERM finish the iteration, save a checkpoint for ``--resume``, and raise ``Stopped``.
+class PreemptionHook(Hook):
+    """On Ctrl-C, SIGTERM or SIGHUP finish the iteration, save a checkpoint for ``--resume``, and raise ``Stopped``.
 
-    Stopping between iterations is what makes the checkpoint whole: an exception out of the middle of a step would
-    leave weights and optimizer of two different iterations. A second signal stops at once.
+    Stopping between iterations keeps the checkpoint consistent: an exception in the middle of a step would leave
+    weights and optimizer of two different iterations. A second signal stops at once.
     """
 
     priority = 'LOWEST'  # after the hooks that step the schedules and save checkpoints
@@ -35,28 +38,41 @@ class InterruptHook(Hook):
         self._previous: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Begin to listen."""
+        """Install the signal handlers; run the validation that the checkpoint resumed from was saved before."""
         self._process = os.getpid()
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                self._previous[number] = signal.signal(number, self._receive)
+        due = getattr(runner.train_loop, 'validation_is_due', lambda: False)
+        if runner.iter and due() and runner.message_hub.runtime_info.get(_VALIDATED_AT) != runner.iter:
+            runner.logger.info('validating first: the interrupted run may not have finished this validation')
+            runner.val_loop.run()
 
     def after_train(self, runner: Runner) -> None:
-        """Let signals do what they did before."""
+        """Restore the signal handlers."""
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Let signals do what they did before training."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        self._previous = {}
 
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
-        """Stop here if asked to, but not amid accumulated gradients; the loop counts this iteration after its hooks."""
+        """Stop here if asked to, but not between accumulated gradients; the loop counts this iteration afterwards."""
         if self._asked_anywhere() and runner.optim_wrapper.should_update():
             self.stop(runner, runner.iter + 1)
 
     def after_val_iter(self, runner: Runner, **_: Any) -> None:
-        """Stop within a validation; the next run goes on with the training behind it."""
+        """Stop within a validation; the resumed run repeats it."""
         if self._asked_anywhere():
+            for hook in runner.hooks:
+                if isinstance(hook, EMAHook):
+                    hook.after_val_epoch(runner)  # it has exchanged the weights for the averaged ones
             self.stop(runner, runner.iter)
 
     def train(self, runner: Runner) -> None:
-        """Call ``runner.train()`` under the protection of this hook."""
-        runner.register_hook(self)
+        """Call ``runner.train()``, and stop in an orderly way where a signal has ended a data worker."""
         try:
             runner.train()
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
@@ -65,22 +81,25 @@ class InterruptHook(Hook):
             if not self._signal or (isinstance(error, RuntimeError) and 'DataLoader worker' not in str(error)):
                 raise
             self.stop(runner, runner.iter)
+        finally:
+            self.restore_handlers()
 
     def stop(self, runner: Runner, iteration: int) -> None:
         """Save a checkpoint after ``iteration`` iterations and raise ``Stopped``."""
         path = Path(runner.work_dir, FILENAME)
         self._stopping = {'epoch': runner.epoch, 'iter': iteration}
-        runner.save_checkpoint(runner.work_dir, FILENAME)
+        runner.save_checkpoint(runner.work_dir, FILENAME, backend_args={'backend': 'swin_mm'})
         if is_main_process():
-            WholeFiles().put(str(path).encode(), path.with_name('last_checkpoint'))
+            with atomic_write(path.with_name('last_checkpoint')) as file:
+                file.write_text(str(path))
         barrier()  # launchers end the job as soon as the first rank has ended
         raise Stopped(
-            f'stopped at iteration {iteration} and saved {path}; to go on, run the same command with --resume',
+            f'stopped at iteration {iteration} and saved {path}; to continue, run the same command with --resume',
             self._agreed or self._signal,
         )
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Say where it stopped; runners assume the end of an iteration or an epoch."""
+        """Store where it stopped; runners assume the end of an iteration or an epoch."""
         checkpoint['meta'].update(self._stopping)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -89,82 +108,60 @@ class InterruptHook(Hook):
         if self._signal:
             raise KeyboardInterrupt
         self._signal = number
-        # SIGTERM, sent to the whole group, does end the workers; torch would raise for that in the middle of a step.
+        # SIGTERM, sent to every process, does end the workers; torch would raise for that in the middle of a step.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         # Not print: the signal may have come in the middle of one.
         os.write(2, b'\nstopping after this iteration, with a checkpoint; Ctrl-C again stops at once\n')
 
     def _asked_anywhere(self) -> bool:
-        """All ranks stop at the same iteration, or those that go on would wait for the others for ever."""
+        """Whether any rank has received a signal. All stop at the same iteration, or some would wait for ever."""
         asked = torch.tensor(self._signal)
-        all_reduce(asked, 'max')  # while this waits a signal may come, which counts from the next iteration on
+        all_reduce(asked, 'max')  # a signal that comes while this waits counts from the next iteration on
         self._agreed = int(asked)
         return bool(self._agreed)
 
 
-class ContinuedEpochLoop(EpochBasedTrainLoop):
-    """mmengine's loop, which begins an interrupted epoch anew; this one goes on behind the batches already trained on.
+class ExactResumeHook(Hook):
+    """Makes a resumed run equal to one that was never interrupted, together with the loops of ``swin_mm.engine.loops``.
 
-    The batches are passed over in the order of the interrupted run, since the sampler has its seed.
+    * Every iteration seeds the random generators from the run's seed and its number, so that dropout and stochastic
+      depth do not depend on what was drawn before.
+    * A checkpoint saved between accumulated gradients carries them (one process only).
     """
 
-    def run_epoch(self) -> None:
-        """Train one epoch, or the rest of one."""
-        hub, total = self.runner.message_hub, len(self.dataloader)
-        done, then = hub.runtime_info.get(_DONE, (0, total))
-        if then != total:
-            done = 0  # other data or another number of GPUs: what had been seen cannot be told
-        if done:
-            self.runner.logger.info(f'passing over the {done} of {total} batches that were trained on')
-        self.runner.call_hook('before_train_epoch')
-        self.runner.model.train()
-        for index, batch in enumerate(self.dataloader):
-            if index >= done:
-                hub.update_info(_DONE, (index + 1, total))  # for every checkpoint that is saved behind this iteration
-                self.run_iter(index, batch)
-        hub.update_info(_DONE, (0, total))
-        self.runner.call_hook('after_train_epoch')
-        self._epoch += 1
+    priority = 'VERY_HIGH'
+
+    def __init__(self) -> None:
+        self._gradients: dict[str, torch.Tensor] = {}
+
+    def before_train_iter(self, runner: Runner, **_: Any) -> None:
+        """Seed the generators for this iteration."""
+        seed_all(runner.seed, runner.iter, 0)
+
+    def after_val_epoch(self, runner: Runner, **_: Any) -> None:
+        """Note in the message hub that this validation is complete."""
+        runner.message_hub.update_info(_VALIDATED_AT, runner.iter)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Store gradients that no step has used yet."""
+        wrapper = runner.optim_wrapper
+        if get_world_size() == 1 and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
+            gradients = {name: p.grad for name, p in _module(runner).named_parameters() if p.grad is not None}
+            checkpoint['gradients'] = {name: gradient.cpu() for name, gradient in gradients.items()}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Keep the stored gradients until training begins."""
+        self._gradients = checkpoint.get('gradients') or {}
+
+    def before_train(self, runner: Runner) -> None:
+        """Restore the stored gradients."""
+        if not runner.iter:
+            return
+        for name, parameter in _module(runner).named_parameters():
+            if name in self._gradients:
+                parameter.grad = self._gradients[name].to(parameter.device)
+        self._gradients = {}
 
 
-class WholeFiles(LocalBackend):
-    """Files are there whole or not at all, and what is to be removed stays until the next one is there.
-
-    mmengine writes checkpoints in place, and deletes those that ``max_keep_ckpts`` has no room for beforehand.
-    """
-
-    _doomed: ClassVar[set[str]] = set()
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write a file."""
-        half = Path(f'{filepath}.half')  # one name, so that what a killed run leaves is overwritten by the next
-        super().put(obj, half)
-        with half.open() as file:
-            os.fsync(file.fileno())  # for the case that the machine goes down
-        half.replace(filepath)
-        for path in self._doomed - {str(filepath)}:
-            super().remove(path)
-        self._doomed.clear()
-
-    def remove(self, filepath: str | Path) -> None:
-        """Remove a file after the next ``put``."""
-        self._doomed.add(str(filepath))
-
-
-def last_checkpoint(work_dir: str) -> str | None:
-    """The checkpoint to go on from, if there is one."""
-    named = find_latest_checkpoint(work_dir)
-    if named is None or '://' in named or os.path.exists(named):
-        return named
-    # The run was killed while it wrote the name, or before it did. The best ones have no optimizer.
-    found = [path for path in Path(work_dir).glob('*.pth') if not path.name.startswith('best_')]
-    return str(max(found, key=os.path.getmtime)) if found else None
-
-
-def install() -> None:
-    """Let every config that names mmengine's EpochBasedTrainLoop have ours, and every checkpoint be written whole."""
-    LOOPS.register_module(name='EpochBasedTrainLoop', module=ContinuedEpochLoop, force=True)
-    register_backend('local', WholeFiles, force=True, prefixes='')
-    # Signals to the whole group, of Ctrl-C and torchrun, then spare the data workers: ranks that are to finish an
-    # iteration together need them all.
-    os.register_at_fork(after_in_child=os.setpgrp)
+def _module(runner: Runner) -> torch.nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model

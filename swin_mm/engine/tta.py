@@ -24,11 +24,11 @@ def apply_tta(cfg: Config) -> None:
 
 
 def _leave_out_masks(cfg: Config) -> None:
-    """Test boxes alone: mmdet's test-time augmentation refuses predictions with masks."""
+    """Test boxes only: mmdet's test-time augmentation refuses predictions with masks."""
     if 'panoptic_head' in cfg.model:
-        raise InputError(f'--tta: mmdet merges boxes alone, and {cfg.model.type} predicts masks; leave --tta out')
-    heads = cfg.model.get('roi_head') or {}
-    if heads.get('mask_head') is None:
+        raise InputError(f'--tta: mmdet merges boxes only, and {cfg.model.type} predicts masks; leave --tta out')
+    heads = cfg.model.get('roi_head')
+    if not heads or heads.get('mask_head') is None:
         return
     print('note: test-time augmentation of mmdet merges boxes only, masks are left out')
     heads.mask_head = heads.mask_roi_extractor = None

@@ -4,13 +4,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import load_checkpoint
 from support.oracles import randomise, relative_error
 from support.reference_models import NoRandomStart
 from torch import nn
 
 from swin_mm.checkpoints import convert, parse
-from swin_mm.engine.runner import use_safe_reader
+from swin_mm.engine.runner import load_complete
+from swin_mm.openmmlab.loading import read_for_mmengine
 
 PAIRS = [
     (
@@ -40,8 +40,7 @@ def test_whole_checkpoints_of_stock_models_load(ours, stock, naming, tmp_path):
     theirs, model = randomise(build(stock, tmp_path)), build(ours, tmp_path)
     state = theirs.state_dict()
     torch.save(convert(parse(state), naming)[0], tmp_path / 'whole.pth')
-    use_safe_reader()
-    load_checkpoint(model, str(tmp_path / 'whole.pth'))
+    load_complete(model, read_for_mmengine(str(tmp_path / 'whole.pth'))['state_dict'], 'whole.pth')
     assert model.backbone.load_report.complete and not model.backbone.load_report.new
     loaded = model.state_dict()
     others = [key for key in loaded if not key.startswith('backbone.')]

@@ -1,13 +1,11 @@
 """Two ranks on the CPU learn what one process learns; runs that are killed go on.
 
-The processes are forked from this one, which has imported everything.
+See :mod:`support.processes` for how they run.
 """
 
 import itertools
 import json
-import multiprocessing
 import os
-import runpy
 import signal
 import socket
 import subprocess
@@ -18,38 +16,21 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.fileio import LocalBackend
 from mmengine.model import MMDistributedDataParallel
 from mmengine.registry import MODELS
 from support import dist_fixtures as toy
+from support.processes import in_processes, run_main
 from support.tool_fixtures import ROOT
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from swin_mm import cli
 from swin_mm.engine import preemption
 from swin_mm.engine.runner import build_runner
+from swin_mm.engine.work_dir import last_checkpoint
 from swin_mm.utils.errors import InputError
 
 pytestmark = pytest.mark.skipif(get_device() != 'cpu', reason='mmengine takes the GPU where there is one')
 FSDP = ROOT / 'configs/_base_/strategies/fsdp.py'
-
-
-def in_processes(*calls):
-    """Run each (function, *arguments) in a process of its own; their exit codes when all are done."""
-    processes = [multiprocessing.get_context('fork').Process(target=_in_process, args=call) for call in calls]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=300)
-        process.kill()
-        process.join()
-    return [process.exitcode for process in processes]
-
-
-def _in_process(function, *arguments):
-    torch.set_num_threads(1)  # the other threads of the parent are not here
-    function(*arguments)
 
 
 def train(config, work_dir, launcher='none', **options):
@@ -166,22 +147,20 @@ def test_fsdp_resumes(runs):
 
 def run_tool(config, *arguments):
     """Run `tools/train.py` in this process."""
-    sys.argv = ['train.py', str(config), '--work-dir', str(config.parent), *arguments]
-    tool = runpy.run_path(str(ROOT / 'tools/train.py'))
-    sys.exit(cli.run(tool['main'], tool['parse_args']()))
+    run_main('train', config, '--work-dir', config.parent, *arguments)
 
 
 def train_and_die(config, *arguments):
     """Train, and die while the checkpoint after the second epoch is written."""
-    write = LocalBackend.put
+    write = Path.write_bytes
 
-    def put(self, obj, path):
-        if 'epoch_2.pth' in str(path):
-            write(self, obj[: len(obj) // 2], path)
+    def write_half(self, content):
+        if 'epoch_2' in self.name:
+            write(self, content[: len(content) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self, obj, path)
+        write(self, content)
 
-    LocalBackend.put = put
+    Path.write_bytes = write_half
     run_tool(config, *arguments)
 
 
@@ -195,24 +174,12 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
     whole, killed = (toy.write_config(tmp_path / name) for name in ('whole', 'killed'))
     options = ['--cfg-options', 'train_cfg.max_epochs=3', 'default_hooks.checkpoint.max_keep_ckpts=1']
     assert in_processes((run_tool, whole, *options), (train_and_die, killed, *options)) == [0, -signal.SIGKILL]
-    assert sorted(path.name for path in killed.parent.glob('epoch*')) == ['epoch_1.pth', 'epoch_2.pth.half']
+    assert [path.name for path in killed.parent.glob('epoch*')] == ['epoch_1.pth']
+    assert len(list(killed.parent.glob('.epoch_2.*.pth'))) == 1, 'what was half-written'
     assert len(losses(killed.parent)) == 6
     assert in_processes((run_tool, killed, '--resume', *options)) == [0]
     assert losses(killed.parent) == losses(whole.parent)[:6] + losses(whole.parent)[3:]
-    assert [path.name for path in killed.parent.glob('epoch*')] == ['epoch_3.pth']
-
-
-def test_a_pointer_that_was_being_written(tmp_path):
-    for age, name in enumerate(('best_loss_epoch_9.pth', 'epoch_10.pth', 'epoch_9.pth')):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (0, 1000 - age))
-    assert preemption.last_checkpoint(tmp_path) is None
-    (tmp_path / 'last_checkpoint').touch()
-    assert preemption.last_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_8.pth'))  # deleted for the newest
-    assert preemption.last_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
-    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_9.pth'))
-    assert preemption.last_checkpoint(tmp_path) == str(tmp_path / 'epoch_9.pth')
+    assert [path.name for path in killed.parent.rglob('*epoch_*.pth')] == ['epoch_3.pth']
 
 
 def test_fsdp_wants_ranks(tmp_path):
@@ -244,7 +211,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_at_one_iteration(runs, kind, tmp
     assert codes == [128 + signal.SIGTERM] * 2
     meta = torch.load(tmp_path / 'interrupted.pth', weights_only=False)['meta']
     assert (meta['epoch'], meta['iter']) == (1, 5), 'asked behind the fourth'
-    assert preemption.last_checkpoint(tmp_path) == str(tmp_path / 'interrupted.pth')
+    assert last_checkpoint(tmp_path) == str(tmp_path / 'interrupted.pth')
     assert in_processes(*on_two_ranks(train_as_rank, config, False, '--resume', *options)) == [0, 0]
     assert_same(learned(tmp_path, '.'), learned(runs, kind))
 

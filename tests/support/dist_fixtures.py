@@ -10,7 +10,7 @@ from torch import Tensor, nn
 # The data set gives three batches of 4 per epoch, in order.
 CONFIG = """
 _base_ = {bases}
-custom_imports = dict(imports=['swin_mm', 'toy'])
+custom_imports = dict(imports=['swin_mm', 'support.dist_fixtures'])
 default_scope = 'mmengine'
 backbone = dict(
     type='swin_mm.SwinTransformer', embed_dims=4, depths=(2, 1), num_heads=(1, 1), strides=(4, 2), window_size=4,

@@ -5,7 +5,7 @@ import pytest
 from support.tool_fixtures import last_checkpoint, run_tool
 
 from swin_mm import cli
-from swin_mm.analysis import prediction
+from swin_mm.engine import testing, training
 
 
 @pytest.fixture(scope='session')
@@ -41,13 +41,11 @@ def refuse(monkeypatch, tmp_path, capsys):
     def call(tool, *arguments):
         module = load(tool)
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')  # as the tools do, for this test only
         before = set(tmp_path.rglob('*'))
         monkeypatch.setattr('sys.argv', [tool, *map(str, arguments)])
-        for part in (module, prediction):
-            if hasattr(part, 'use_safe_reader'):
-                monkeypatch.setattr(part, 'use_safe_reader', lambda: None)  # a change to the whole process
-        if hasattr(module, 'build_runner'):  # nothing may be built: neither a model nor a folder
-            monkeypatch.setattr(module, 'build_runner', lambda _: pytest.fail('bad input was noticed too late'))
+        for part in (training, testing):  # nothing may be built: neither a model nor a folder
+            monkeypatch.setattr(part, 'build_runner', lambda _: pytest.fail('bad input was noticed too late'))
         capsys.readouterr()
         assert cli.run(module.main, module.parse_args()) == 2
         printed = capsys.readouterr().err.strip().splitlines()

@@ -1,17 +1,22 @@
 import os
+import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
+from mmengine.config import Config
+from support.processes import in_processes, run_main, run_on_a_full_disk
 from support.tool_fixtures import Bomb, command, last_checkpoint, run_tool
 
 from swin_mm.checkpoints import read_checkpoint
+from swin_mm.engine.work_dir import locked
 
 STEP = re.compile(r'(?:Epoch|Iter)\(train\) *(\[.*\]) ')
 
@@ -116,16 +121,57 @@ def test_refuses_what_cannot_be_resumed(tiny, refuse, trained, tmp_path):
 
     torch.save({'state_dict': {'x': torch.zeros(1)}}, tmp_path / 'weights.pth')
     error = refuse('train', tiny.config, '--resume', 'weights.pth')
-    assert 'has no message_hub, meta, optimizer' in error and 'load_from' in error
+    assert 'has no meta, message_hub, optimizer' in error and 'load_from' in error
 
     torch.save({'state_dict': {}, 'meta': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
     assert 'bomb.pth wants to run code' in refuse('train', tiny.config, '--resume', 'bomb.pth')
     assert not (tmp_path / 'exploded').exists()
 
 
+def test_a_pickle_in_the_config_is_not_opened(tiny, refuse, tmp_path):
+    (tmp_path / 'x.pkl').write_bytes(pickle.dumps(Bomb(tmp_path / 'exploded')))
+    option = 'train_dataloader.dataset.proposal_file=x.pkl'
+    error = refuse('train', tiny.config, '--cfg-options', option)
+    assert 'x.pkl (train_dataloader.dataset.proposal_file)' in error and '--allow-pickle' in error
+    assert not (tmp_path / 'exploded').exists()
+
+
+def test_a_work_dir_in_use_is_refused(tiny, tmp_path):
+    with locked(tmp_path / 'work'):
+        code = in_processes((run_main, 'train', tiny.config, '--work-dir', tmp_path / 'work'))
+    assert code == [2] and not list((tmp_path / 'work').glob('*/*.log')), 'nothing is written beside the first run'
+
+
+def test_training_on_a_full_disk(tiny, tmp_path, capfd):
+    arguments = ('train', tiny.config, '--work-dir', tmp_path / 'work')
+    name = 'epoch_' if tiny.task == 'detection' else 'iter_'
+    assert in_processes((run_on_a_full_disk, name, *arguments)) == [2]
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith('error: ') and 'cannot be written: No space left on device' in error
+    assert list((tmp_path / 'work').glob('*.pth')) == []
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_cannot_be_read_is_named(tiny, workers, tmp_path, capfd):
+    if tiny.task == 'segmentation':
+        pytest.skip('the same loader')
+    data = tmp_path / 'coco'
+    shutil.copytree(Config.fromfile(tiny.config).data_root, data)
+    for path in (data / 'train2017').iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    options = [f'train_dataloader.{key}' for key in (f'dataset.data_root={data}', f'num_workers={workers}')]
+    options += [f'train_dataloader.persistent_workers={workers > 0}']
+    assert in_processes((run_main, 'train', tiny.config, '--work-dir', tmp_path / 'w', '--cfg-options', *options)) == [
+        2
+    ]
+    error = capfd.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f'error: {data}/train2017/') and 'cannot be loaded' in error and 'check_data' in error
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason='these work where there is a GPU')
 def test_says_what_needs_a_gpu(tiny, refuse):
-    assert 'mixed precision' in refuse('train', tiny.config, '--amp')
+    for option in (['--amp'], ['--amp-dtype', 'bf16']):
+        assert 'mixed precision' in refuse('train', tiny.config, *option)
     assert 'on CPUs use tools/dist_train.sh' in refuse('train', tiny.config, '--launcher', 'slurm')
 
 
@@ -141,23 +187,47 @@ def test_batch_size_for_the_learning_rate(refuse, tiny):
         assert 'auto_scale_lr = dict(base_batch_size=16)' in refuse('train', tiny.config, '--auto-scale-lr')
 
 
-def test_the_learning_rate_goes_with_all_that_makes_a_step(tool, tiny, monkeypatch):
-    """Also that --vis adds to the writers that are there."""
-    train, built = tool('train'), []
-    monkeypatch.setattr(train, 'use_safe_reader', lambda: None)
-    monkeypatch.setattr(train, 'require_pretrained', lambda cfg: None)
-    monkeypatch.setattr(train.preemption, 'install', lambda: None)
-    monkeypatch.setattr(train.preemption, 'InterruptHook', lambda: SimpleNamespace(train=built.append))
-    monkeypatch.setattr(train, 'build_runner', lambda cfg: cfg)
+@pytest.fixture
+def configured(tool, tiny, monkeypatch):
+    """The config with which `tools/train.py` would train."""
+
+    def call(*arguments):
+        train, trained = tool('train'), []
+        monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')  # as the tool does, for this test only
+        monkeypatch.setattr(train.training, 'train', lambda cfg, **_: trained.append(cfg))
+        monkeypatch.setattr('sys.argv', ['train', str(tiny.config), *arguments])
+        train.main(train.parse_args())
+        return trained[0]
+
+    return call
+
+
+def test_the_learning_rate_is_scaled_by_all_images_of_a_step(configured):
+    """Accumulated iterations count, too."""
+    options = ['auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=4']
+    cfg = configured('--auto-scale-lr', '--cfg-options', *options)
+    assert cfg.auto_scale_lr == {'enable': True, 'base_batch_size': 4}
+
+
+def test_writers_are_added_to_those_of_the_config(configured, monkeypatch):
     for package in 'tensorboard', 'wandb':
         module = ModuleType(package)
         module.__spec__ = ModuleSpec(package, None)
         monkeypatch.setitem(sys.modules, package, module)
-    base, steps = 'auto_scale_lr.base_batch_size=16', 'optim_wrapper.accumulative_counts=4'
-    arguments = ['--auto-scale-lr', '--vis', 'tensorboard', '--vis', 'wandb', '--cfg-options', base, steps]
-    monkeypatch.setattr('sys.argv', ['train', str(tiny.config), *arguments])
-    train.main(train.parse_args())
-    (cfg,) = built
-    assert cfg.auto_scale_lr == {'enable': True, 'base_batch_size': 4}
+    cfg = configured('--vis', 'tensorboard', '--vis', 'wandb')
     writers = [writer.type for writer in cfg.visualizer.vis_backends]
     assert writers == ['LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
+
+
+@pytest.mark.parametrize(
+    'arguments, dtype, loss_scale',
+    [
+        (['--amp'], None, 'dynamic'),
+        (['--amp-dtype', 'fp16'], 'float16', 'dynamic'),
+        (['--amp-dtype', 'bf16'], 'bfloat16', 1.0),
+        (['--amp', '--amp-dtype', 'bf16'], 'bfloat16', 1.0),
+    ],
+)
+def test_mixed_precision_and_its_type(configured, arguments, dtype, loss_scale):
+    wrapper = configured(*arguments).optim_wrapper
+    assert (wrapper.type, wrapper.get('dtype'), wrapper.loss_scale) == ('AmpOptimWrapper', dtype, loss_scale)

@@ -1,0 +1,210 @@
+"""Testing a checkpoint: metrics, saved predictions, pictures."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mmcv
+import numpy as np
+import torch
+from mmengine import fileio
+from mmengine.config import Config
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
+from mmengine.visualization import Visualizer
+from PIL import Image
+
+from swin_mm.engine.runner import build_runner, configure_dataloaders
+from swin_mm.engine.training import run_errors
+from swin_mm.engine.trust import require_no_pickles
+from swin_mm.engine.tta import apply_tta
+from swin_mm.openmmlab.config import as_list, require_data, test_dataset
+from swin_mm.openmmlab.loading import read_checkpoint
+from swin_mm.utils.errors import InputError
+from swin_mm.utils.files import atomic_write
+
+
+def test(
+    cfg: Config,
+    checkpoint: str,
+    *,
+    out: str | None = None,
+    show_dir: str | None = None,
+    tta: bool = False,
+    precision: Callable[[torch.nn.Module], None] | None = None,
+    allow_pickle: bool = False,
+) -> dict[str, float]:
+    """Test a checkpoint on the config's test set.
+
+    Args:
+        cfg: the config; it is changed.
+        checkpoint: file or address; it must give the whole model.
+        out: where predictions are saved: of a detector one ``.pkl`` file, of a segmentor a folder of PNGs.
+        show_dir: folder for pictures of predictions beside the ground truth.
+        tta: test-time augmentation.
+        precision: called with the model, to change what it computes in.
+        allow_pickle: open pickles that the config names, which can run code.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        InputError: something in the config, the data or the folders is wrong.
+        CheckpointError: the checkpoint cannot be read or does not fit.
+    """
+    cfg.load_from, cfg.resume = checkpoint, False
+    for key in ('runner_type', 'strategy'):  # FSDP is for training; its checkpoints are ordinary ones
+        cfg.pop(key, None)
+    if not allow_pickle:
+        require_no_pickles(cfg, 'test', 'model')
+    require_data(cfg, 'test')
+    read_checkpoint(checkpoint)
+    if show_dir:
+        draw_predictions(cfg, show_dir)
+    if tta:
+        apply_tta(cfg)
+    if out:
+        save_predictions(cfg, out)
+    configure_dataloaders(cfg, 'test')
+    with run_errors(cfg):
+        runner = build_runner(cfg)
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if precision is not None:
+            precision(model.module if tta else model)
+        return runner.test()
+
+
+def draw_predictions(cfg: Config, folder: str) -> None:
+    """Have the run draw every prediction beside its ground truth.
+
+    Args:
+        cfg: the config, changed in place.
+        folder: where the pictures go, each under the name of its image; made if missing.
+
+    Raises:
+        InputError: the folder cannot be written to, or the config has no visualizer of its library.
+    """
+    if 'LocalVisualizer' not in str(cfg.get('visualizer')):
+        raise InputError(
+            "--show-dir needs a visualizer in the config, such as visualizer = dict(type='DetLocalVisualizer') for "
+            'mmdet or SegLocalVisualizer for mmseg'
+        )
+    _require_folder('--show-dir', Path(folder))
+    hook = dict(
+        type='swin_mm.engine.testing.DrawingHook',
+        folder=os.path.abspath(folder),
+        root=_image_folder(cfg),
+        backend_args=test_dataset(cfg).get('backend_args'),
+    )
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
+
+
+def save_predictions(cfg: Config, out: str) -> None:
+    """Have the run save its predictions.
+
+    Args:
+        cfg: the config, changed in place.
+        out: of a detector a ``.pkl`` file, as mmdet's analysis tools read it; of a segmentor a folder of PNGs with the
+            number of the class of each pixel from 0, as ``tools/predict.py`` writes them.
+
+    Raises:
+        InputError: it names the wrong kind of output, or cannot be written to.
+    """
+    path = Path(out)
+    if cfg.default_scope == 'mmdet':
+        if path.suffix not in ('.pkl', '.pickle') or path.is_dir():
+            raise InputError(f'--out {out}: predictions of a detector go to one file, name it *.pkl')
+        _require_folder('--out', path.parent)
+        saver = dict(type='swin_mm.engine.detections.SaveDetections', out_file_path=os.path.abspath(out))
+    else:
+        if path.suffix in ('.pkl', '.pickle') or path.is_file():
+            raise InputError(f'--out {out}: predictions of a segmentor are one PNG per image, name a folder')
+        _require_folder('--out', path)
+        saver = dict(type='swin_mm.engine.testing.SaveSegments', folder=os.path.abspath(out), root=_image_folder(cfg))
+    cfg.test_evaluator = [*as_list(cfg.test_evaluator), saver]
+
+
+def _require_folder(option: str, folder: Path) -> None:
+    """Fail fast where a folder cannot be made or written to."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f'{option}: {existing} is a file, expected a folder')
+    if not os.access(existing, os.W_OK) or os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise InputError(f'{option}: {existing} cannot be written to; choose another place')
+
+
+def _image_folder(cfg: Config) -> str:
+    """Where the images of the test set lie."""
+    dataset = test_dataset(cfg)
+    prefix = dataset.get('data_prefix') or {}
+    return os.path.join(dataset.get('data_root') or '', prefix.get('img_path') or prefix.get('img') or '')
+
+
+def _name(image: str, root: str) -> Path:
+    """What the output for an image is called: its path below ``root``, as PNG."""
+    path = Path(os.path.relpath(image, root or '.'))
+    return (Path(path.name) if '..' in path.parts else path).with_suffix('.png')
+
+
+class SaveSegments(BaseMetric):
+    """Saves a segmentor's predictions as PNGs of class numbers from 0, under the names of their images.
+
+    mmseg's own adds 1 where the data set has ``reduce_zero_label``.
+
+    Args:
+        folder: where they go.
+        root: the folder of the images; what lies deeper keeps its path below it.
+        collect_device: see mmengine's BaseMetric.
+    """
+
+    def __init__(self, folder: str, root: str, collect_device: str = 'cpu') -> None:
+        super().__init__(collect_device=collect_device)
+        self.folder = folder
+        self.root = root
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Write one file per image."""
+        for sample in data_samples:
+            labels = sample['pred_sem_seg']['data'].squeeze(0).cpu().numpy()
+            wide = labels.max(initial=0) > 255
+            with atomic_write(Path(self.folder, _name(sample['img_path'], self.root))) as part:
+                Image.fromarray(labels.astype(np.uint16 if wide else np.uint8)).save(part)
+            self.results.append(None)  # mmengine warns of a metric without results
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """There is no metric."""
+        return {}
+
+
+class DrawingHook(Hook):
+    """Draws predictions beside the ground truth, each picture under the name of its image.
+
+    mmdet's and mmseg's own hooks put a relative folder under the work_dir, and number the pictures.
+
+    Args:
+        folder: where the pictures go.
+        root: the folder of the images; what lies deeper keeps its path below it.
+        backend_args: of mmengine's file reader, for the images.
+        score_thr: detections of lower score are left out.
+    """
+
+    def __init__(self, folder: str, root: str, backend_args: dict | None = None, score_thr: float = 0.3) -> None:
+        self.folder = folder
+        self.root = root
+        self.backend_args = backend_args
+        self.score_thr = score_thr
+
+    def after_test_iter(self, runner: Runner, outputs: Sequence[BaseDataElement], **_: Any) -> None:
+        """Draw a batch."""
+        visualizer = Visualizer.get_current_instance()
+        options = {'pred_score_thr': self.score_thr} if 'Det' in type(visualizer).__name__ else {}
+        for sample in outputs:
+            content = fileio.get(sample.img_path, backend_args=self.backend_args)
+            picture = mmcv.imfrombytes(content, channel_order='rgb')
+            name = _name(sample.img_path, self.root)
+            with atomic_write(Path(self.folder, name)) as part:
+                visualizer.add_datasample(name, picture, data_sample=sample, out_file=str(part), **options)

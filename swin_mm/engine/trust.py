@@ -1,0 +1,51 @@
+"""Refusing configs that have mmengine, mmdet or mmseg unpickle a file: opening a pickle runs code from it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from mmengine.config import Config
+
+from swin_mm.utils.errors import InputError
+
+# Keys of checkpoints, which are read without running code, and of files that are written.
+_NOT_OPENED = ('checkpoint', 'pretrained', 'teacher_ckpt', 'out_file_path', 'proposals_file', 'output_dir')
+
+
+def require_no_pickles(cfg: Config, *parts: str) -> None:
+    """Refuse a config that names a pickle to be opened, as ``proposal_file='x.pkl'`` or ``class_weight='x.pkl'``.
+
+    Args:
+        cfg: the config.
+        parts: what will run, of 'train', 'val' and 'test' (their dataloaders and evaluators), and 'model'.
+
+    Raises:
+        InputError: a pickle would be opened; it names each file and its key.
+    """
+    sections = [f'{part}_{kind}' for part in parts if part != 'model' for kind in ('dataloader', 'evaluator')]
+    sections += ['model'] * ('model' in parts)
+    found = {value: key for section in sections for key, value in _pickles(cfg.get(section), section)}
+    if found:
+        listed = ', '.join(f'{value} ({key})' for value, key in found.items())
+        raise InputError(
+            f'the config opens pickles, which can run any code: {listed}; convert them to JSON or NumPy files, or '
+            'pass --allow-pickle if you trust where they come from'
+        )
+
+
+def _pickles(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of every setting that makes a loader unpickle."""
+    if isinstance(node, dict):
+        if 'OccludedSeparated' in str(node.get('type')):  # its defaults are pickles to download
+            yield f'{path}.type', str(node['type'])
+        for key, value in node.items():
+            if key not in _NOT_OPENED:
+                yield from _pickles(value, f'{path}.{key}')
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _pickles(value, f'{path}.{index}')
+    elif isinstance(node, str):
+        # mmengine's file handlers go by the suffix, or by a setting such as file_format='pkl'; mmseg's reader of
+        # medical images by decode_backend='pickle'.
+        is_format = path.endswith(('.file_format', '.decode_backend')) and node in ('pkl', 'pickle')
+        if is_format or node.endswith(('.pkl', '.pickle')):
+            yield path, node

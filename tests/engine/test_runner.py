@@ -1,0 +1,111 @@
+"""What is set in the config before a run, and that nothing of mmengine is replaced for it."""
+
+import os
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.registry import LOOPS
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.checkpoint import load_from_local
+from support.tool_fixtures import Bomb
+from torch import nn
+
+from swin_mm.checkpoints import CheckpointError
+from swin_mm.engine.runner import SafeRunner, build_runner, configure_training, load_complete
+from swin_mm.openmmlab.loading import read_for_mmengine
+from swin_mm.utils.errors import InputError
+
+
+def config(**settings):
+    loader = dict(batch_size=1, num_workers=2, dataset=dict(type='X'))
+    return Config(dict(train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1), train_dataloader=loader) | settings)
+
+
+def test_mmengine_stays_as_it_is():
+    configure_training(config())
+    assert LOOPS.get('EpochBasedTrainLoop') is EpochBasedTrainLoop
+    assert LOOPS.get('IterBasedTrainLoop') is IterBasedTrainLoop
+    assert type(get_file_backend('x.pth')) is LocalBackend
+    assert CheckpointLoader._get_checkpoint_loader('x.pth') is load_from_local
+    assert 'TORCH_FORCE_WEIGHTS_ONLY_LOAD' not in os.environ
+
+
+@pytest.mark.parametrize(
+    'train_cfg, loop',
+    [
+        (dict(type='EpochBasedTrainLoop', max_epochs=1, _scope_='swin_mm'), 'ResumableEpochLoop'),
+        (dict(type='mmengine.IterBasedTrainLoop', max_iters=1), 'ResumableIterLoop'),
+        (dict(type=IterBasedTrainLoop, max_iters=1), 'ResumableIterLoop'),
+        (dict(by_epoch=True, max_epochs=1), 'ResumableEpochLoop'),
+        (dict(by_epoch=False, max_iters=1), 'ResumableIterLoop'),
+    ],
+)
+def test_the_config_names_our_loop(train_cfg, loop):
+    cfg = config(train_cfg=train_cfg)
+    configure_training(cfg)
+    assert cfg.train_cfg.type == f'swin_mm.engine.loops.{loop}' and LOOPS.get(cfg.train_cfg.type).__name__ == loop
+    assert cfg.train_cfg.keys() <= {'type', 'max_epochs', 'max_iters'}
+
+
+def test_settings_are_added_once_and_the_users_own_stay():
+    cfg = config(
+        train_cfg=dict(type='mmdet.TheirLoop'),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=3)),
+        custom_hooks=[dict(type='EMAHook')],
+    )
+    configure_training(cfg)
+    once = cfg.to_dict()
+    assert once['train_cfg'] == dict(type='mmdet.TheirLoop')
+    assert once['default_hooks']['checkpoint'] == dict(
+        type='CheckpointHook', interval=3, backend_args=dict(backend='swin_mm')
+    )
+    assert once['custom_hooks'][0] == dict(type='EMAHook') and len(once['custom_hooks']) == 4
+    configure_training(cfg)
+    assert cfg.to_dict() == once, 'as for a config that a run has dumped'
+
+    theirs = dict(backend='petrel')
+    cfg = config(default_hooks=dict(checkpoint=dict(type='CheckpointHook', backend_args=theirs)))
+    cfg.train_dataloader.worker_init_fn = dict(type='their_function')
+    configure_training(cfg)
+    assert cfg.default_hooks.checkpoint.backend_args == theirs
+    assert cfg.train_dataloader.worker_init_fn.type == 'their_function'
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    torch.save({'state_dict': Bomb(tmp_path / 'exploded')}, tmp_path / 'bomb.pth')
+    with pytest.raises(CheckpointError, match='wants to run code'):
+        read_for_mmengine(str(tmp_path / 'bomb.pth'))
+    # When mmengine resumes, it runs the config that a checkpoint carries under this name.
+    code = f'open({str(tmp_path / "exploded")!r}, "w")'
+    torch.save({'state_dict': {}, 'meta': {'config': code, 'iter': 3}}, tmp_path / 'config.pth')
+    assert read_for_mmengine(str(tmp_path / 'config.pth'))['meta'] == {'iter': 3}
+    assert not (tmp_path / 'exploded').exists()
+
+
+def test_a_head_that_is_missing_or_of_another_shape():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
+    state = model.state_dict()
+    load_complete(model, {key: value for key, value in state.items() if 'num_batches' not in key}, 'old.pth')
+    for wrong in (
+        {key: value for key, value in state.items() if not key.startswith('0.')},
+        {key.replace('0.', 'head.'): value for key, value in state.items()},
+        state | {'0.weight': torch.zeros(3, 2, 1, 1)},
+    ):
+        with pytest.raises(CheckpointError, match='x.pth.*0.weight'):
+            load_complete(model, wrong, 'x.pth')
+
+
+def test_other_runners_are_refused():
+    with pytest.raises(InputError, match='runner_type'):
+        build_runner(Config({'runner_type': 'FlexibleRunner', 'strategy': {'type': 'DeepSpeedStrategy'}}))
+
+
+def test_an_optimizer_of_another_model_is_refused(monkeypatch):
+    def resume(self, filename):
+        raise ValueError('loaded state dict contains a parameter group that does not match')
+
+    monkeypatch.setattr(Runner, 'resume', resume)
+    with pytest.raises(CheckpointError, match='does not fit this run.*parameter group.*load_from=CHECKPOINT'):
+        SafeRunner.__new__(SafeRunner).resume('x.pth')

@@ -1,0 +1,93 @@
+"""What is checked before training, and how the errors of a run are explained."""
+
+import errno
+import logging
+import re
+from types import SimpleNamespace
+
+import pytest
+from mmengine.config import Config
+
+from swin_mm.engine.training import WarmupCheckHook, changed_data, explained, require_init_checkpoints
+from swin_mm.utils.errors import CheckpointError, InputError
+
+
+def test_other_training_data_is_told_without_running_the_old_config(tmp_path):
+    old = f"""
+open({str(tmp_path / 'exploded')!r}, 'w')
+train_dataloader = dict(dataset=dict(ann_file='a.json', data_root='data/old', metainfo=dict(classes=('a', 'b'))))
+"""
+    new = dict(ann_file='a.json', data_root='data/old', metainfo=dict(classes=['a', 'b']))
+
+    def warnings(**changes):
+        return changed_data(old, Config(dict(train_dataloader=dict(dataset=new | changes))))
+
+    assert warnings() == []
+    (warning,) = warnings(data_root='data/new')
+    assert 'data_root data/old' in warning and 'data/new' in warning
+    (warning,) = warnings(metainfo=dict(classes=['a', 'c']))
+    assert "('a', 'c')" in warning
+    assert changed_data(None, Config(dict(train_dataloader={}))) == changed_data('(', Config({})) == []
+    assert not (tmp_path / 'exploded').exists()
+
+
+@pytest.mark.parametrize(
+    'scheduler, warned',
+    [
+        (dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000), '1000 of 2000'),
+        (dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=200), None),
+        (dict(type='LinearLR', start_factor=0.001, begin=0, end=3), '300 of 2000'),
+        (dict(type='MultiStepLR', begin=0, end=2000, milestones=[1000]), None),
+        (dict(type='ConstantLR', factor=0.1, by_epoch=False, end=9000), '2000 of 2000'),
+    ],
+)
+def test_a_long_warm_up_is_told(scheduler, warned, caplog):
+    cfg = Config(dict(param_scheduler=[scheduler]))
+    runner = SimpleNamespace(cfg=cfg, max_iters=2000, train_dataloader=range(100), logger=logging.getLogger('warmup'))
+    with caplog.at_level('WARNING'):
+        WarmupCheckHook().before_train(runner)
+    assert (warned in caplog.text) if warned else not caplog.text
+
+
+WORKER = """Caught InputError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py", line 1
+swin_mm.utils.errors.InputError: a.jpg cannot be loaded: broken
+"""
+
+
+@pytest.mark.parametrize(
+    'error, expected',
+    [
+        (InputError('a.jpg cannot be loaded: broken'), '^a.jpg cannot be loaded: broken; tools/check_data.py'),
+        (InputError(WORKER), '^a.jpg cannot be loaded: broken; tools/check_data.py'),
+        (InputError('w/epoch_1.pth cannot be written: No space'), 'GB are free there.*then start again'),
+        (OSError(errno.ENOSPC, 'No space left on device', 'scalars.json'), '^scalars.json cannot be written: No space'),
+        (RuntimeError('DataLoader worker (pid 3) is killed by signal: Bus error.'), '--shm-size'),
+        (
+            RuntimeError('unable to allocate shared memory(shm) for file </torch_3>: No space left on device (28)'),
+            'num_workers=0',
+        ),
+    ],
+)
+def test_errors_of_a_run_name_the_remedy(error, expected, tmp_path):
+    text = str(explained(error, Config(dict(work_dir=str(tmp_path)))))
+    assert re.search(expected, text) and '\n' not in text
+
+
+def test_unknown_errors_stay_as_they_are(tmp_path):
+    for error in (RuntimeError('the loss is infinite'), OSError(errno.ECONNRESET, 'reset')):
+        assert explained(error, Config(dict(work_dir=str(tmp_path)))) is error
+
+
+def test_missing_initial_weights_name_the_setting(tmp_path):
+    def model(checkpoint, kind='swin_mm.SwinTransformer'):
+        init = dict(type='Pretrained', checkpoint=checkpoint)
+        return Config(dict(model=dict(type='X', backbone=dict(type=kind, init_cfg=init))))
+
+    remedy = 'does not exist.*--cfg-options model.backbone.init_cfg.checkpoint=FILE'
+    with pytest.raises(CheckpointError, match=remedy):
+        require_init_checkpoints(model('absent.pth'))
+    with pytest.raises(CheckpointError, match='model.backbone.init_cfg.checkpoint=FILE'):
+        require_init_checkpoints(model('http://127.0.0.1:9/absent.pth'))
+    require_init_checkpoints(model('http://127.0.0.1:9/absent.pth', 'mmdet.ResNet'))  # mmengine will download it

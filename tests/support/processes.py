@@ -1,0 +1,80 @@
+"""Running functions and tools in processes of their own, which end by the signal or exit code that is tested.
+
+The processes are forked from this one, which has imported everything.
+"""
+
+import errno
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+
+from swin_mm import cli
+
+TOOLS = {name: importlib.import_module(f'tools.{name}') for name in ('train', 'test')}
+
+
+def preload(task: str) -> None:
+    """Import the library of a task here, once for all the processes that follow."""
+    library = 'mmdet' if task == 'detection' else 'mmseg'
+    for part in ('datasets', 'engine', 'evaluation', 'models', 'visualization'):
+        importlib.import_module(f'{library}.{part}')
+
+
+def in_processes(*calls: tuple) -> list[int | None]:
+    """Run each (function, *arguments) in a process of its own; their exit codes when all are done."""
+    processes = [multiprocessing.get_context('fork').Process(target=_in_process, args=call) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=300)
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _in_process(function: Callable, *arguments: Any) -> None:
+    torch.set_num_threads(1)  # the other threads of the parent are not here
+    function(*arguments)
+
+
+def run_main(tool: str, *arguments: object) -> None:
+    """Run the main function of a tool and exit as it does; for ``in_processes``."""
+    sys.argv = [f'{tool}.py', *map(str, arguments)]
+    module = TOOLS[tool]
+    sys.exit(cli.run(module.main, module.parse_args()))
+
+
+def run_on_a_full_disk(name: str, tool: str, *arguments: object) -> None:
+    """``run_main`` where files whose name has ``name`` in it cannot be flushed to the disk; for ``in_processes``."""
+    flush = os.fsync
+
+    def fsync(file: int) -> None:
+        path = os.readlink(f'/proc/self/fd/{file}')
+        if name in os.path.basename(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        flush(file)
+
+    os.fsync = fsync
+    run_main(tool, *arguments)
+
+
+class SignalHook(Hook):
+    """Sends this process a signal in the middle of an iteration; configs name it by its path."""
+
+    def __init__(self, stop: tuple[int, int, bool]) -> None:
+        self.number, self.iteration, self.validation = stop
+
+    def before_train_iter(self, runner: Runner, **_: Any) -> None:
+        if runner.iter == self.iteration and not self.validation:
+            os.kill(os.getpid(), self.number)
+
+    def before_val_iter(self, runner: Runner, **_: Any) -> None:
+        if runner.iter == self.iteration and self.validation:
+            os.kill(os.getpid(), self.number)
