@@ -101,7 +101,7 @@ def _preprocess(cfg: Config, options: dict, batch: Any, shapes: list[tuple[int, 
         if 'equal size' in str(error) and shapes:
             raise PipelineError(_unequal_sizes(shapes, options, cfg)) from error
         raise PipelineError(_in_words(error, 'the data_preprocessor')) from error
-    return tuple(stacked.shape[-2:]) if isinstance(stacked, torch.Tensor) else (0, 0)
+    return (stacked.shape[-2], stacked.shape[-1]) if isinstance(stacked, torch.Tensor) else (0, 0)
 
 
 def _unequal_sizes(shapes: list[tuple[int, int]], options: dict, cfg: Config) -> str:

@@ -62,9 +62,9 @@ def _draw_shares(axes: Axes, parts: list[Part], shown: list[int], left: float) -
         shares = np.array([part.share(index) * 100 for index in shown])
         at = np.arange(len(shown)) + (number - (len(parts) - 1) / 2) * 0.2
         marker, color = MARKERS[number % len(MARKERS)], f'C{number}'
-        axes.scatter(shares[shares > 0], at[shares > 0], 22, color, marker, label=part.name, zorder=3)
+        axes.scatter(shares[shares > 0], at[shares > 0], 22, color, marker=marker, label=part.name, zorder=3)
         absent = shares == 0
-        axes.scatter(np.full(absent.sum(), left), at[absent], 22, 'none', marker, edgecolors=color, zorder=3)
+        axes.scatter(np.full(absent.sum(), left), at[absent], 22, 'none', marker=marker, edgecolors=color, zorder=3)
 
 
 def plot_sizes(parts: list[Part], path: Path) -> None:
@@ -87,7 +87,7 @@ def _draw_image_sizes(axes: Axes, parts: list[Part]) -> None:
     for number, (name, counter) in enumerate(counts.items()):
         widths, heights = zip(*counter, strict=True)
         areas = [12 + 700 * count / most if most > 1 else 12 for count in counter.values()]
-        axes.scatter(widths, heights, areas, f'C{number}', alpha=0.3, linewidths=0, label=name)
+        axes.scatter(widths, heights, areas, f'C{number}', alpha=0.3, linewidths=0)
         for size, count in counter.items() if few else ():
             axes.scatter(*size, 12 + 700 * count / most, 'none', edgecolors=f'C{number}')
             right = size[0] > edge / 2  # of the middle: the text goes to the left
@@ -99,15 +99,17 @@ def _draw_image_sizes(axes: Axes, parts: list[Part]) -> None:
     axes.set(xlabel='width, pixels', ylabel='height, pixels', title=title, aspect='equal')
     axes.set(xlim=(0, edge), ylim=(0, edge))
     axes.grid(alpha=0.3)
+    # The legend shows dots of one size.
+    for number in range(len(counts)):
+        axes.scatter([], [], 30, f'C{number}', label=list(counts)[number])
     if counts:
-        for handle in axes.legend(loc='lower right').legend_handles:
-            handle.set(sizes=[30], alpha=1)
+        axes.legend(loc='lower right')
 
 
 def _draw_object_sizes(axes: Axes, parts: list[Part]) -> None:
     for part in parts:
         weights = np.full(len(part.objects), 100 / max(len(part.objects), 1))
-        bins = np.geomspace(1, 2048, 34)
+        bins = np.geomspace(1, 2048, 34).tolist()
         axes.hist(np.clip(part.objects, 1, 2047), bins, weights=weights, histtype='step', label=part.name)
     axes.set(xscale='log', xlabel='√area of the box, pixels', ylabel='% of objects', title='Sizes of objects')
     ticks = [2, 8, 32, 96, 256, 1024]  # COCO calls objects from 32 to 96 medium

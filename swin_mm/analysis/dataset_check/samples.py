@@ -337,12 +337,14 @@ def _box_fault(box: Extent, extent: Extent | None, size: tuple[int, int] | None)
     """Whether a box lies outside the image or does not belong to its mask."""
     x, y, w, h = box
     corners = (x, y, x + w, y + h)
-    swapped = ': these look like x1, y1, x2, y2; COCO has x, y, width, height'
+    outside = size and (x < -1 or y < -1 or corners[2] > size[0] + 1 or corners[3] > size[1] + 1)
     # Two pixels either way are rounding, which counts for much in small boxes.
-    if extent and overlap(corners, extent) < 0.5 and np.abs(np.subtract(corners, extent)).max() > 2:
-        hint = swapped if overlap(box, extent) > 0.8 else ''
+    differs = extent and overlap(corners, extent) < 0.5 and np.abs(np.subtract(corners, extent)).max() > 2
+    if differs and extent:
+        is_corners = overlap(box, extent) > 0.8
+    else:
+        is_corners = bool(outside and size and 0 <= x < w <= size[0] + 1 and 0 <= y < h <= size[1] + 1)
+    hint = ': it looks like x1, y1, x2, y2, where COCO has x, y, width, height' if is_corners else ''
+    if differs and extent and (is_corners or not outside):
         return f'contradicts its mask, which spans {[round(v, 1) for v in extent]} (x1, y1, x2, y2){hint}'
-    if size and (x < -1 or y < -1 or corners[2] > size[0] + 1 or corners[3] > size[1] + 1):
-        fits = not extent and x >= 0 and y >= 0 and x < w <= size[0] + 1 and y < h <= size[1] + 1
-        return f'reaches outside the image of {_by(size)}{swapped if fits else ""}'
-    return ''
+    return f'reaches outside the image of {_by(size)}{hint}' if outside and size else ''
