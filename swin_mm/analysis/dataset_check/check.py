@@ -39,9 +39,8 @@ from swin_mm.utils.errors import InputError, one_line
 
 # Parts of a model whose number of classes is not that of the dataset.
 OTHER_HEADS = {'backbone', 'neck', 'rpn_head', 'semantic_head', 'data_preprocessor', 'train_cfg', 'test_cfg'}
-# mmengine unpickles the first two, and its loader of YAML can call any function.
-CODE_SUFFIXES = ('.pkl', '.pickle', '.yaml', '.yml')
-CODE_KEYS = ('ann_file', 'proposal_file', 'extra_ann_file', 'split_file', 'meta_file')
+PICKLES = ('.pkl', '.pickle')
+YAML = ('.yaml', '.yml')  # mmengine's loader of YAML calls whatever functions the file names
 
 
 def check_datasets(cfg: Config, names: Iterable[str], workers: int | None = None) -> Report:
@@ -92,19 +91,19 @@ class _Loaded:
 
 
 def _require_no_code(dataloader: dict, where: str) -> None:
-    """Refuse files that mmengine would read in a way that can run code.
+    """Refuse files that mmengine or mmseg would read in a way that can run code.
 
     Raises:
         InputError: there is one.
     """
     for node in iter_dicts(dataloader):
-        for key in CODE_KEYS:
-            value = node.get(key)
-            if isinstance(value, str) and value.lower().endswith(CODE_SUFFIXES):
+        for key, value in node.items():
+            text = value.lower() if isinstance(value, str) else ''
+            is_code = text.endswith(PICKLES) or (key.endswith('_file') and text.endswith(YAML))
+            is_format = key in ('decode_backend', 'file_format') and text in ('pkl', 'pickle')
+            if is_code or is_format:
                 what = f'{where}: {key}={value!r} is not read, because pickles and YAML can run code'
-                raise InputError(f'{what}; convert it to JSON, or set {key} to None')
-        if node.get('decode_backend') == 'pickle':
-            raise InputError(f"{where}: decode_backend='pickle' is not used, because pickles can run code")
+                raise InputError(f'{what}; convert it to JSON, or leave the setting out')
 
 
 def _leaves(dataset: dict) -> Iterator[dict]:
