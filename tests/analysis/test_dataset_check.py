@@ -72,6 +72,14 @@ def test_clean_data(check, task):
     assert check(task) == []
 
 
+def test_worker_processes_find_the_same(own, tmp_path):
+    (own / 'coco/train2017/3.jpg').unlink()
+    cfg = load_config(make_tiny('detection', own, tmp_path).config)
+    one, two = (check_datasets(cfg, ['train', 'val'], workers) for workers in (1, 2))
+    assert one.findings == two.findings and len(one.faults) == 1
+    assert [part.images for part in one.parts] == [part.images for part in two.parts]
+
+
 # Files
 
 
