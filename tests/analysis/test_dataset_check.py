@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
+from mmengine.optim import LinearLR
 from PIL import Image
 from rich.console import Console
 from support.tool_fixtures import CLASSES, ROOT, Bomb, make_tiny
@@ -637,36 +639,28 @@ def test_the_pipeline_runs_on_samples_without_faults(check, own, task):
     match(check(task, parts=['train']), r'1.jpg: image file is truncated')
 
 
+def linear(**options):
+    return dict(type='LinearLR', **options)
+
+
 @pytest.mark.parametrize(
-    'options, expected',
+    'loop, scheduler, expected',
     [
-        (dict(train_cfg=dict(max_iters=1000), param_scheduler=[dict(type='LinearLR', by_epoch=False, end=100)]), None),
-        (
-            dict(train_cfg=dict(max_iters=300), param_scheduler=[dict(type='LinearLR', by_epoch=False, end=50)]),
-            '0.end=30',
-        ),
-        # 10 epochs of 25 batches
-        (
-            dict(train_cfg=dict(max_epochs=10), param_scheduler=[dict(type='LinearLR', by_epoch=False, end=26)]),
-            '0.end=25',
-        ),
-        (dict(train_cfg=dict(max_epochs=10), param_scheduler=[dict(type='LinearLR', end=1)]), None),
-        (dict(train_cfg=dict(max_epochs=10), param_scheduler=dict(type='ConstantLR', end=2)), '0.end=1'),
-        (
-            dict(
-                train_cfg=dict(max_epochs=2),
-                param_scheduler=[dict(type='LinearLR', start_factor=1, end_factor=0, end=2)],
-            ),
-            None,
-        ),
-        (dict(train_cfg=dict(max_epochs=2), param_scheduler=[dict(type='PolyLR', end=2)]), None),
-        (dict(train_cfg=None), None),
+        (dict(max_iters=1000), [linear(by_epoch=False, end=100)], None),
+        (dict(max_iters=300), [linear(by_epoch=False, end=50)], '0.end=30'),
+        (dict(max_iters=300), [dict(type=LinearLR, by_epoch=False, end=50)], '0.end=30'),
+        (dict(max_iters=300), [dict(type='mmengine.LinearLR', by_epoch=False, end=50)], '0.end=30'),
+        (dict(max_epochs=10), [linear(by_epoch=False, end=26)], '0.end=25'),  # an epoch has 25 batches
+        (dict(max_epochs=10), [linear(end=1)], None),
+        (dict(max_epochs=10), dict(type='ConstantLR', end=2), '0.end=1'),
+        (dict(max_epochs=2), [linear(start_factor=1, end_factor=0, end=2)], None),
+        (dict(max_epochs=2), [dict(type='PolyLR', end=2)], None),
+        (None, None, None),
     ],
 )
-def test_warmup(options, expected):
-    from mmengine.config import Config
-
-    message = long_warmup(Config(dict(train_dataloader=dict(batch_size=4), **options)), images=100)
+def test_warmup(loop, scheduler, expected):
+    cfg = Config(dict(train_dataloader=dict(batch_size=4), train_cfg=loop, param_scheduler=scheduler))
+    message = long_warmup(cfg, images=100)
     assert message is None if expected is None else f'param_scheduler.{expected}' in message
 
 

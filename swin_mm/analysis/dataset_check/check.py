@@ -33,7 +33,7 @@ from swin_mm.analysis.dataset_check.findings import (
 from swin_mm.analysis.dataset_check.folders import label_values, missing_file_findings, unused_files, why_empty
 from swin_mm.analysis.dataset_check.report import Part, Report
 from swin_mm.analysis.dataset_check.samples import Facts, LabelValues, Sample, Task, inspect_sample
-from swin_mm.analysis.dataset_check.schedule import epoch_length, long_warmup
+from swin_mm.analysis.dataset_check.schedule import epoch_length, long_warmup, type_name
 from swin_mm.openmmlab.config import iter_dicts, reads_segments
 from swin_mm.utils.errors import InputError, one_line
 
@@ -175,7 +175,7 @@ def _read(leaf: dict, part: Part, run: Callable, repaired: Path) -> _Loaded | No
         what = f'{dataset.ann_file}: no images are left; see its entries and filter_cfg={dataset.filter_cfg}'
         part.findings.append(Finding(ANNOTATIONS, what if is_coco else why_empty(dataset)))
         return None
-    samples = [_sample(dataset.data_list[i], file, reads_segments(leaf.get('pipeline', ()))) for i in order]
+    samples = [_sample(dataset.data_list[i], file, reads_segments(leaf.get('pipeline'))) for i in order]
     task = Task(
         values=values,
         segments=_is_kind(dataset, 'CocoPanopticDataset'),
@@ -222,7 +222,7 @@ def _read_coco(dataset: Any, leaf: dict) -> CocoFile:
 
 def _annotation_step(leaf: dict) -> dict:
     """The config of the pipeline's ``LoadAnnotations``."""
-    steps = (step for step in leaf.get('pipeline', ()) if str(step.get('type')).endswith('LoadAnnotations'))
+    steps = (step for step in iter_dicts(leaf.get('pipeline')) if type_name(step).endswith('LoadAnnotations'))
     return dict(next(steps, {'type': 'LoadAnnotations'}))
 
 

@@ -17,7 +17,7 @@ def long_warmup(cfg: Config, images: int) -> str | None:
     run = _iterations(cfg, per_epoch)
     schedulers = cfg.get('param_scheduler') or []
     for index, scheduler in enumerate(schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]):
-        if scheduler.get('type') not in ('LinearLR', 'ConstantLR') or scheduler.get('begin', 0) > 0:
+        if type_name(scheduler) not in ('LinearLR', 'ConstantLR') or scheduler.get('begin', 0) > 0:
             continue
         # Without `end` it lasts for the whole run; a rate that falls is no warm-up.
         if 'end' not in scheduler or scheduler.get('start_factor', scheduler.get('factor', 1 / 3)) >= 1:
@@ -29,6 +29,12 @@ def long_warmup(cfg: Config, images: int) -> str | None:
             what = f'the warm-up takes {warmup:,} iterations, more than a tenth of the training ({length}, on one GPU)'
             return f'{what}; set param_scheduler.{index}.end={end}, or train for longer'
     return None
+
+
+def type_name(options: dict) -> str:
+    """The name of what a config builds, without a scope; configs in pure Python give the class itself."""
+    kind = options.get('type')
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def epoch_length(dataset: Any, sizes: list[int]) -> int:
