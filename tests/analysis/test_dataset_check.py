@@ -138,7 +138,7 @@ def test_tiffs_that_pillow_does_not_know(check, own):
     cv2 = pytest.importorskip('cv2')
     random = np.random.default_rng(0)
     path = own / 'coco/train2017/1.tif'
-    cv2.imwrite(str(path), random.integers(0, 65536, (64, 96, 4), np.uint16))
+    cv2.imwrite(str(path), random.random((64, 96, 3), np.float32))
     content, save = edit(own)
     content['images'][0]['file_name'] = '1.tif'
     save()

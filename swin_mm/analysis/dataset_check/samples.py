@@ -190,7 +190,7 @@ def _decode_bytes(content: bytes) -> Image.Image | np.ndarray:
 
 
 def _decode_tiff(content: bytes) -> np.ndarray:
-    """Decode a TIFF of a pixel type that Pillow does not have, such as four channels of 16 bits, as mmcv does."""
+    """Decode a TIFF of a pixel type that Pillow does not have, such as floating-point colours, as mmcv does."""
     tags = ImageFileDirectory_v2(content[:8])
     stream = io.BytesIO(content)
     stream.seek(tags.next)
