@@ -203,13 +203,13 @@ def test_unreadable_configs(tmp_path, text, message):
 )
 def test_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch, missing, command):
     """As with mmdet's ConvNeXt: mmpretrain is there, but one of its own dependencies is not."""
-    package = tmp_path / 'libraries/fake_mmpretrain'
+    package = tmp_path / f'libraries/needs_{missing}'
     package.mkdir(parents=True)
     (package / '__init__.py').touch()
     (package / 'models.py').write_text(f'import {missing}')
     monkeypatch.syspath_prepend(tmp_path / 'libraries')
     path = tmp_path / 'config.py'
-    path.write_text("custom_imports = dict(imports=['fake_mmpretrain.models'], allow_failed_imports=False)")
+    path.write_text(f"custom_imports = dict(imports=['needs_{missing}.models'], allow_failed_imports=False)")
     with pytest.raises(DependencyError, match=f'{missing} is not installed; install it with: {command}$'):
         load_config(path)
 
