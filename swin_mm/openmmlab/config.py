@@ -113,7 +113,7 @@ def require_data(cfg: Config, *parts: str) -> None:
     Raises:
         InputError: lists every missing file and folder.
     """
-    missing = {}  # one entry per path: train and val often share their folder
+    missing: dict[str, str] = {}  # one entry per path: train and val often share their folder
     for part in parts:
         for section in (f'{part}_dataloader', f'{part}_evaluator'):
             for key, path in _data_paths(cfg.get(section), section):

@@ -90,7 +90,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group['lr'] = group.get('lr', self.base_lr) * self.decay_rate**distance
             if any(part in name for part in NO_DECAY_V2):
                 group['weight_decay'] = 0.0
-        rates = [group.get('lr', self.base_lr) for group in params]
+        rates: list[float] = [group.get('lr', self.base_lr) for group in params]
         print_log(f'layer-wise learning-rate decay: from {min(rates):.3g} to {max(rates):.3g}', 'current')
 
 
@@ -103,6 +103,6 @@ def _backbone_parameters(model: nn.Module) -> Iterator[tuple[int, tuple[str, int
             "backbone=dict(type='swin_mm.SwinTransformer') or remove this constructor from optim_wrapper"
         )
     for backbone in backbones:
-        depths = [len(stage.blocks) for stage in backbone.layers]
+        depths = [len(list(stage.get_submodule('blocks').children())) for stage in backbone.layers]
         for name, parameter in backbone.named_parameters():
             yield id(parameter), (name, sum(depths) + 1 - layer_id(name, depths))

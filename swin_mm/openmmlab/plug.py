@@ -487,8 +487,8 @@ def _default_of(config: dict, argument: str, scope: str) -> Any:
     """Return the default of an argument of the class that a config names, or None."""
     with MODELS.switch_scope_and_registry(scope) as registry:
         cls = registry.get(config['type'])
-    for base in cls.__mro__ if inspect.isclass(cls) else ():
-        parameter = inspect.signature(base.__init__).parameters.get(argument)
+    for base in cls.__mro__[:-1] if inspect.isclass(cls) else ():
+        parameter = inspect.signature(base).parameters.get(argument)
         if parameter is not None:
             return None if parameter.default is parameter.empty else parameter.default
     return None
