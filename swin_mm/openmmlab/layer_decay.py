@@ -81,16 +81,18 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix, **options)
         if prefix:  # super() recurses into submodules through this method; act once, on the whole model
             return
+        base_lr = self.base_lr
+        assert base_lr is not None  # checked in __init__
         backbone = dict(_backbone_parameters(module))
         for group in params:
             (parameter,) = group['params']
             if not parameter.requires_grad or id(parameter) not in backbone:
                 continue
             name, distance = backbone[id(parameter)]
-            group['lr'] = group.get('lr', self.base_lr) * self.decay_rate**distance
+            group['lr'] = group.get('lr', base_lr) * self.decay_rate**distance
             if any(part in name for part in NO_DECAY_V2):
                 group['weight_decay'] = 0.0
-        rates: list[float] = [group.get('lr', self.base_lr) for group in params]
+        rates = [group.get('lr', base_lr) for group in params]
         print_log(f'layer-wise learning-rate decay: from {min(rates):.3g} to {max(rates):.3g}', 'current')
 
 
