@@ -648,11 +648,13 @@ def _add_warmup(schedulers: list[dict], recipe: Recipe, train_cfg: dict, report:
     epochs, iterations = train_cfg.get('max_epochs'), train_cfg.get('max_iters')
     if iterations:
         recipe_end = recipe.warmup['end'] if not recipe.warmup['by_epoch'] else iterations
-        warmup.update(by_epoch=False, end=min(recipe_end, max(1, iterations // WARMUP_SHARE)))
+        warmup.update(by_epoch=False, end=min(recipe_end, iterations // WARMUP_SHARE))
         warmup.pop('convert_to_iter_based', None)
+        if warmup['end'] < 2:  # mmengine's LinearLR over one step never leaves its start
+            return schedulers
     elif epochs and epochs >= WARMUP_SHARE:
-        # How many iterations an epoch has is not known here.
-        recipe_end = recipe.warmup['end'] if recipe.warmup['by_epoch'] else 1
+        # How many iterations an epoch has is not known here. Two epochs are at least two steps.
+        recipe_end = recipe.warmup['end'] if recipe.warmup['by_epoch'] else 2
         warmup.update(by_epoch=True, end=min(recipe_end, epochs // WARMUP_SHARE), convert_to_iter_based=True)
     elif epochs:  # a tenth of the run, if an epoch has 100 iterations
         warmup.update(by_epoch=False, end=10 * epochs)

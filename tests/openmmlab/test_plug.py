@@ -365,6 +365,7 @@ SHORT = [  # (max_iters, warm-up of the config)
     (300, 50),
     (300, None),
     (40, None),
+    (19, None),  # too short for a warm-up
     (1, None),
 ]
 
@@ -382,15 +383,15 @@ def test_short_runs_reach_the_learning_rate(iterations, warmup):
         assert after.param_scheduler[0] == own, 'the warm-up of the config stays'
         assert not any('warm-up' in note for note in report.notes)
     else:
-        length = after.param_scheduler[0].end
-        assert length == max(1, iterations // 10)
-        assert f'param_scheduler: added a warm-up of {length} iterations' in report.notes
+        length = iterations // 10
+        assert length < 2 or after.param_scheduler[0].end == length
+        assert length < 2 or f'param_scheduler: added a warm-up of {length} iterations' in report.notes
     found = rates(after, iterations, epoch_length=iterations)
-    assert iterations == 1 or max(found) == pytest.approx(6e-5, rel=0.02)
-    assert iterations == 1 or found.index(max(found)) <= max(begin, iterations // 10)
+    assert max(found) == pytest.approx(6e-5, rel=0.02)
+    assert found.index(max(found)) <= max(begin, iterations // 10)
 
 
-@pytest.mark.parametrize('epochs, epoch_length', [(12, 10), (12, 1), (36, 50), (4, 100), (1, 300)])
+@pytest.mark.parametrize('epochs, epoch_length', [(12, 10), (300, 1), (36, 50), (4, 100), (1, 300)])
 def test_warm_up_of_runs_by_epoch(epochs, epoch_length):
     cfg = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
     cfg.train_cfg.max_epochs = epochs
@@ -567,7 +568,7 @@ def test_flat_config_stands_alone(library, folder, tmp_path):
     before = load_config(f'{library}::{folder}.py')
     after = plug(before)
     write(before, after, tmp_path / 'flat.py', flat=True)
-    assert '_base_' not in (tmp_path / 'flat.py').read_text()
+    assert '_base_ = ' not in (tmp_path / 'flat.py').read_text()
     code = (
         'import sys\nfrom mmengine.config import Config\nfrom mmengine.registry import MODELS\n'
         'cfg = Config.fromfile("flat.py")\n'

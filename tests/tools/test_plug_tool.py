@@ -53,7 +53,7 @@ def test_notes_are_printed(tool, monkeypatch, capsys):
 def test_flat_output_in_a_new_folder(tool, monkeypatch, tmp_path):
     out = tmp_path / 'new/folder/out.py'
     assert call(tool, monkeypatch, STOCK, '--out', out, '--flat') == 0
-    assert '_base_' not in out.read_text()
+    assert '_base_ = ' not in out.read_text()
     assert Config.fromfile(out).model.backbone.out_indices == (1, 2, 3)
 
 
