@@ -3,10 +3,8 @@ import signal
 import sys
 
 import pytest
-from mmengine.config import Config
 
 from swin_mm import cli
-from swin_mm.openmmlab.config import require_data
 from swin_mm.utils.errors import InputError, Stopped
 
 
@@ -22,20 +20,6 @@ def parse(tmp_path, monkeypatch):
         return cli.parser('').parse_args([str(path), *arguments])
 
     return call
-
-
-@pytest.mark.parametrize(
-    'text, words',
-    [
-        ('model = dict(', 'cannot be read'),
-        ("_base_ = 'absent.py'", 'absent.py'),
-        ("custom_imports = dict(imports=['no_such_module'])", 'no_such_module'),
-    ],
-)
-def test_a_config_that_does_not_read(parse, text, words):
-    with pytest.raises(InputError, match=words) as caught:
-        cli.read_config(parse(text))
-    assert '\n' not in str(caught.value)
 
 
 def test_work_dir_is_the_command_lines_then_the_configs_then_named_after_it(parse):
@@ -55,50 +39,6 @@ def test_mistyped_options_are_noticed(parse, capsys):
     assert cfg.randomness.seed == 1 and cfg.model.heads[0].a == 2
     with pytest.raises(InputError, match='--cfg-options does not fit'):
         cli.read_config(parse(text, '--cfg-options', 'model.heads.7.a=2'))
-
-
-def test_looks_where_the_dataset_would(tmp_path):
-    (tmp_path / 'images').mkdir()
-    (tmp_path / 'a.json').touch()
-    here = {'data_root': str(tmp_path), 'ann_file': 'a.json', 'data_prefix': {'img': 'images/'}}
-
-    def missing(part, dataset, **evaluator):
-        cfg = Config({f'{part}_dataloader': {'dataset': dataset}, f'{part}_evaluator': evaluator})
-        try:
-            require_data(cfg, part)
-        except InputError as error:
-            return str(error)
-
-    assert missing('train', here) is None
-    assert missing('train', {'type': 'RepeatDataset', 'dataset': here}) is None
-    assert missing('val', here, ann_file=str(tmp_path / 'a.json')) is None
-    assert missing('train', here | {'data_root': None, 'ann_file': str(tmp_path / 'a.json'), 'data_prefix': {}}) is None
-    assert missing('train', here | {'ann_file': ''}) is None, 'an empty name means that there is none'
-    assert missing('train', here | {'data_root': 's3://bucket'}) is None, 'not in this file system'
-    assert missing('train', here | {'data_root': '/nowhere', 'backend_args': {'backend': 'petrel'}}) is None
-
-    assert f'{tmp_path}/b.json (train_dataloader: ann_file)' in missing('train', here | {'ann_file': 'b.json'})
-    other = {
-        'data_prefix': {'img': 'other', 'seg': 'masks'},
-        'pipeline': [{'type': 'LoadAnnotations', 'with_seg': True}],
-    }
-    both = {'type': 'ConcatDataset', 'datasets': [here, here | other]}
-    error = missing('test', both)
-    assert f'{tmp_path}/other (test_dataloader: img)' in error and f'{tmp_path}/masks (test_dataloader: seg)' in error
-    assert '/nowhere.json (val_evaluator: ann_file)' in missing('val', here, ann_file='/nowhere.json')
-
-
-def test_maps_that_no_step_reads_need_not_be_there(tmp_path):
-    (tmp_path / 'images').mkdir()
-    node = {'data_root': str(tmp_path), 'data_prefix': {'img': 'images/', 'seg': 'panoptic/'}}
-
-    def check(step: str) -> None:
-        pipeline = [{'type': step, 'with_mask': True}]
-        require_data(Config({'train_dataloader': {'dataset': node | {'pipeline': pipeline}}}), 'train')
-
-    check('LoadAnnotations')
-    with pytest.raises(InputError, match='panoptic/ .train_dataloader: seg'):
-        check('LoadPanopticAnnotations')
 
 
 def test_exit_codes(parse, capsys):

@@ -1,1 +1,1 @@
-"""Everything that knows OpenMMLab's registries and configs: backbones, layer decay, reading and plugging configs."""
+"""OpenMMLab integration: registries, backbones, layer-wise decay, reading configs and plugging Swin into them."""

@@ -1,8 +1,10 @@
 """Reading and checking configs, and building models from them."""
 
 import copy
+import importlib.util
 import inspect
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,46 +18,79 @@ from mmengine.runner import Runner
 from torch import nn
 
 from swin_mm.openmmlab.loading import read_checkpoint
-from swin_mm.utils.environment import SCOPES, require
-from swin_mm.utils.errors import CheckpointError, InputError, one_line
+from swin_mm.utils.environment import SCOPES, install_command, require
+from swin_mm.utils.errors import CheckpointError, DependencyError, InputError, one_line
 
 
 def load_config(name: str | Path) -> Config:
     """Read a config by its path, or by its name in a library: ``mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py``.
 
+    Classic configs and configs in mmengine's pure Python style (``with read_base(): ...``) are both read.
+
+    mmengine marks everything that a config inherits from ``LIBRARY::...`` with ``_scope_='LIBRARY'``, and looks up the
+    types of a marked part, and of all that it builds, in that library alone. Marks that name swin_mm are removed:
+    swin_mm has only backbones and constructors, whose types always carry the prefix ``swin_mm.``, so a marked dataset,
+    loop or evaluator would not be found. Marks that name the config's own ``default_scope`` have no effect and are
+    removed too.
+
     Raises:
-        InputError: it is not there or does not read.
-        DependencyError: it builds on a library that is absent or broken.
+        InputError: the config does not exist or cannot be read.
+        DependencyError: it needs a library that is missing or broken.
     """
     name = str(name)
     if '::' not in name and not Path(name).is_file():
         raise InputError(f'config {name} does not exist; give the path of a config file, for instance under configs/')
     try:
-        if '::' not in name:
-            cfg = Config.fromfile(name)
-        else:  # mmengine resolves such names for bases alone
-            with tempfile.TemporaryDirectory() as folder:
-                heir = Path(folder, 'heir.py')
-                heir.write_text(f'_base_ = {name!r}\n')
-                cfg = Config.fromfile(heir)
-                cfg = Config(cfg.to_dict(), cfg_text=cfg.text, filename=name)
+        cfg = _read_by_library_name(name) if '::' in name else Config.fromfile(name)
+        _remove_scopes(dict(cfg.items()), ('swin_mm', cfg.get('default_scope'), None))
     except Exception as error:
-        # The usual reason is a `_base_` in a library that is not there; mmengine's words for that name no remedy.
-        require(*(module for module in SCOPES if module in str(error)))
+        raise_missing_dependency(error)
         raise InputError(f'config {name} cannot be read: {one_line(error)}') from error
     require(*SCOPES.get(cfg.get('default_scope'), ()))
     return cfg
+
+
+def with_type_names(cfg: Config) -> Config:
+    """Return a copy of a config in which every type is a name, as in classic configs.
+
+    In configs in mmengine's pure Python style types are classes; these become ``'module.Class'``, which mmengine's
+    registries resolve.
+    """
+    return Config(_type_names(cfg.to_dict()), cfg_text=cfg.text, filename=cfg.filename)
+
+
+def is_pure_python(cfg: Config) -> bool:
+    """Whether a config is written in mmengine's pure Python style: its types are classes."""
+    return any(not isinstance(node.get('type', ''), str) for node in iter_dicts(dict(cfg.items())))
+
+
+def raise_missing_dependency(error: BaseException) -> None:
+    """Do nothing unless ``error`` arose from a library that is missing or broken.
+
+    mmengine wraps such an error in others that name neither the library nor a remedy.
+
+    Raises:
+        DependencyError: names the library and how to install it.
+    """
+    require(*(module for module in SCOPES if re.search(rf'\b{module}\b', str(error))))
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            root = cause.name.partition('.')[0]
+            if importlib.util.find_spec(root) is None:
+                raise DependencyError(f'{root} is not installed; install it with: {install_command(root)}') from error
+        cause = cause.__cause__ or cause.__context__
 
 
 def apply_options(cfg: Config, options: dict[str, Any]) -> list[str]:
     """Merge ``--cfg-options`` into a config.
 
     Args:
-        cfg: the config, changed in place.
+        cfg: the config; changed in place.
         options: values by dotted key.
 
     Returns:
-        A warning for each key that the config does not have: mmengine adds it, so that a typo goes unnoticed.
+        A warning for each key that is not in the config. mmengine adds such keys silently, so a typo goes unnoticed.
 
     Raises:
         InputError: an option does not fit the config.
@@ -69,16 +104,16 @@ def apply_options(cfg: Config, options: dict[str, Any]) -> list[str]:
 
 
 def require_data(cfg: Config, *parts: str) -> None:
-    """Look for every annotation file and image folder of the dataloaders and evaluators of ``parts``.
+    """Check that the annotation files and image folders of the dataloaders and evaluators of ``parts`` exist.
 
     Args:
-        cfg: The config.
-        parts: What will run, of 'train', 'val' and 'test'.
+        cfg: the config.
+        parts: what will run: 'train', 'val', 'test'.
 
     Raises:
-        InputError: something is not there; it names all that is missing.
+        InputError: lists every missing file and folder.
     """
-    missing = {}  # one entry per path: train and val often share their folder
+    missing: dict[str, str] = {}  # one entry per path: train and val often share their folder
     for part in parts:
         for section in (f'{part}_dataloader', f'{part}_evaluator'):
             for key, path in _data_paths(cfg.get(section), section):
@@ -87,16 +122,16 @@ def require_data(cfg: Config, *parts: str) -> None:
     if missing:
         listed = ', '.join(f'{path} ({key})' for path, key in missing.items())
         raise InputError(
-            f'data not found: {listed}; relative paths count from {Path.cwd()}; put the data there or set '
+            f'data not found: {listed}; relative paths start at {Path.cwd()}; put the data there, or set '
             'the paths in the config or with --cfg-options'
         )
 
 
 def require_pretrained(cfg: Config) -> None:
-    """Read every local checkpoint that the model will initialise itself from.
+    """Read every local checkpoint that an ``init_cfg`` of the model names, to fail before training starts.
 
     Raises:
-        CheckpointError: one is not there or cannot be read.
+        CheckpointError: a checkpoint is missing or cannot be read.
     """
     for node in iter_dicts(cfg.get('model')):
         path = node.get('checkpoint')
@@ -105,10 +140,15 @@ def require_pretrained(cfg: Config) -> None:
 
 
 def build_model(cfg: Config, options: ConfigDict) -> nn.Module:
-    """Build a model, or the part of one, that these ``options`` in ``cfg`` describe.
+    """Build a model or a part of a model.
+
+    Args:
+        cfg: the config, for its ``default_scope``.
+        options: the entry to build, such as ``cfg.model``.
 
     Raises:
-        InputError: it cannot be built.
+        InputError: the model cannot be built.
+        DependencyError: it needs a library that is missing or broken.
     """
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     with config_errors(cfg):
@@ -117,17 +157,18 @@ def build_model(cfg: Config, options: ConfigDict) -> nn.Module:
 
 @contextmanager
 def config_errors(cfg: Config) -> Iterator[None]:
-    """Say in one line why something in ``cfg`` cannot be built."""
+    """Turn any exception while building from ``cfg`` into an InputError of one line."""
     try:
         yield
-    except CheckpointError:
+    except (CheckpointError, DependencyError):
         raise
     except Exception as error:
+        raise_missing_dependency(error)
         raise InputError(f'{cfg.filename} cannot be built: {one_line(error)} (--debug shows where)') from error
 
 
 def test_dataset(cfg: Config) -> ConfigDict:
-    """What the wrappers of the dataset to test on are around."""
+    """Return the config of the test dataset without its wrappers."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
@@ -135,12 +176,12 @@ def test_dataset(cfg: Config) -> ConfigDict:
 
 
 def as_list(evaluators: dict | list) -> list:
-    """A config may name one evaluator or several."""
+    """Return the evaluators as a list; a config may give a single one."""
     return evaluators if isinstance(evaluators, list) else [evaluators]
 
 
 def iter_dicts(node: Any) -> Iterator[dict]:
-    """Every dict in a nest of dicts and lists."""
+    """Yield every dict in nested dicts, lists and tuples, outer ones first."""
     if isinstance(node, dict):
         yield node
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
@@ -148,8 +189,43 @@ def iter_dicts(node: Any) -> Iterator[dict]:
 
 
 def reads_segments(pipeline: Any) -> bool:
-    """Whether mmdet will open the maps under ``seg``; its instance configs name them too and never do."""
+    """Whether a pipeline of mmdet reads the segmentation maps under ``seg``. Instance configs name them but do not."""
     return any(step.get('with_seg') or 'Panoptic' in str(step.get('type')) for step in iter_dicts(pipeline))
+
+
+def _read_by_library_name(name: str) -> Config:
+    """Read ``LIBRARY::PATH``.
+
+    ``Config.fromfile`` resolves such names in ``_base_`` only, and ``mmengine.hub.get_config`` would install a missing
+    library by itself.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        child = Path(folder, 'child.py')
+        child.write_text(f'_base_ = {name!r}\n')
+        cfg = Config.fromfile(child)
+    return Config(cfg.to_dict(), cfg_text=cfg.text, filename=name)
+
+
+def _remove_scopes(node: Any, scopes: tuple[str | None, ...]) -> None:
+    if isinstance(node, dict):
+        if '_scope_' in node:
+            if node['_scope_'] not in scopes:
+                return  # the types inside belong to another library
+            del node['_scope_']
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            _remove_scopes(child, scopes)
+
+
+def _type_names(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {key: _type_names(value) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_type_names(value) for value in node)
+    if inspect.isclass(node) or inspect.isfunction(node):
+        return f'{node.__module__}.{node.__qualname__}'
+    return node
 
 
 def _is_remote(path: str) -> bool:
@@ -157,15 +233,15 @@ def _is_remote(path: str) -> bool:
 
 
 def _data_paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
-    """Where a dataloader or an evaluator will look: (key, path), joined as mmengine's BaseDataset does."""
+    """Yield (key, path) of the data of a dataloader or evaluator, joined as mmengine's BaseDataset does."""
     for node in iter_dicts(section):
-        if node.get('backend_args'):  # the files are not in this file system
+        if node.get('backend_args'):  # remote storage
             continue
         root = node.get('data_root') or ''
         if root and not _is_remote(root) and not os.path.isdir(root):
-            yield f'{name}: data_root', root  # the rest cannot be there either
+            yield f'{name}: data_root', root  # everything below is missing too
             continue
-        # An empty annotation file means none; an empty folder is data_root itself.
+        # An empty ann_file means there is none; an empty folder is data_root itself.
         for key, path in {'ann_file': node.get('ann_file') or None, **(node.get('data_prefix') or {})}.items():
             if key == 'seg' and not reads_segments(node.get('pipeline') or ()):
                 continue
@@ -174,7 +250,7 @@ def _data_paths(section: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _unknown_options(cfg: Config, options: dict[str, Any]) -> Iterator[str]:
-    """Options that match nothing in the config: mmengine adds them, so that a typo goes unnoticed."""
+    """Yield a warning for each option that is not in the config."""
     runner_arguments = inspect.signature(Runner.__init__).parameters
     for option in options:
         node: Any = cfg.to_dict()

@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: the nearer a block is to the image, the slower it learns."""
+"""Layer-wise learning-rate decay: the learning rate shrinks from block to block, from the head towards the image."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,19 +10,21 @@ from torch import nn
 from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-# Parts of the names of a backbone's parameters that are never decayed.
-NO_DECAY = ('norm', 'relative_position_bias_table', 'absolute_pos_embed', 'cpb_mlp', 'logit_scale')
+# Substrings of the names of parameters without weight decay, as in the published recipes. The configs state those of V1
+# in configs/_base_/schedules/no_decay.py.
+NO_DECAY = ('absolute_pos_embed', 'relative_position_bias_table', 'norm')
+NO_DECAY_V2 = (*NO_DECAY, 'cpb_mlp', 'logit_scale')
 
 
 def layer_id(name: str, depths: Sequence[int]) -> int:
-    """How many blocks deep a parameter is: 0 for the embedding, 1 to ``sum(depths)`` for the blocks.
+    """Return the depth of a parameter in blocks: 0 for the embeddings, 1 to ``sum(depths)`` for the blocks.
 
-    The merging after a stage counts as part of that stage's last block, as in the authors' SimMIM. The norms of the
-    outputs belong to what comes after the backbone: ``sum(depths) + 1``.
+    The patch merging after a stage counts as part of the stage's last block, as in the authors' SimMIM. The output
+    norms count as the layer after the last block, ``sum(depths) + 1``.
 
     Args:
-        name: of a parameter, as the backbone names it.
-        depths: blocks per stage.
+        name: name of the parameter in the backbone.
+        depths: number of blocks per stage.
     """
     part, *rest = name.split('.')
     if part in ('patch_embed', 'absolute_pos_embed'):
@@ -36,19 +38,21 @@ def layer_id(name: str, depths: Sequence[int]) -> int:
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Learning rates that shrink by ``decay_rate`` from block to block, away from the head.
+    """Optimizer constructor with layer-wise learning-rate decay.
 
-    For any model with a Swin backbone of this package, V1 or V2, at any place in it. A parameter ``k`` blocks below
-    the head gets the learning rate times ``decay_rate ** k``; everything outside the backbone gets the whole one.
-    All other keys of ``paramwise_cfg`` keep their meaning, ``custom_keys`` too: their ``lr_mult`` multiplies. The
-    backbone's norms, position tables and networks, logit scales and absolute embedding have no weight decay.
+    Works for every model that contains a Swin backbone of this package (V1 or V2), wherever it is. A parameter ``k``
+    blocks below the head gets the learning rate times ``decay_rate ** k``; parameters outside the backbone keep the
+    full learning rate. The other keys of ``paramwise_cfg`` keep their meaning; the ``lr_mult`` of ``custom_keys``
+    multiplies with the decay. The backbone's norms, relative position tables and MLPs, logit scales and absolute
+    position embedding get no weight decay.
 
     Args:
-        optim_wrapper_cfg: the optim wrapper, with its ``optimizer``, which needs ``lr``.
-        paramwise_cfg: ``dict(decay_rate=0.95)``, and what :class:`mmengine.optim.DefaultOptimWrapperConstructor` takes.
+        optim_wrapper_cfg: config of the optim wrapper; its ``optimizer`` needs an ``lr``.
+        paramwise_cfg: ``dict(decay_rate=0.95)`` plus any argument of
+            :class:`mmengine.optim.DefaultOptimWrapperConstructor`.
 
     Raises:
-        ValueError: there is no ``decay_rate`` in (0, 1], or no ``lr``.
+        ValueError: ``decay_rate`` is missing or outside (0, 1], or the optimizer has no ``lr``.
         TypeError: the model has no Swin backbone of this package.
 
     Example:
@@ -64,41 +68,43 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.decay_rate = paramwise_cfg.pop('decay_rate', None)
         if not isinstance(self.decay_rate, int | float) or not 0 < self.decay_rate <= 1:
             raise ValueError(
-                f'paramwise_cfg has decay_rate={self.decay_rate!r}; give a number above 0 and up to 1: '
+                f'paramwise_cfg has decay_rate={self.decay_rate!r}; it must be in (0, 1], for example '
                 'paramwise_cfg=dict(decay_rate=0.95)'
             )
-        # Without any key the default constructor would not ask for parameters one by one.
+        # With an empty paramwise_cfg the default constructor would put all parameters into one group.
         super().__init__(optim_wrapper_cfg, {'custom_keys': {}} | paramwise_cfg)
         if self.base_lr is None:
-            raise ValueError('the optimizer has no lr to decay; give one: optimizer=dict(lr=1e-4)')
+            raise ValueError('the optimizer has no lr; set one, for example optimizer=dict(lr=1e-4)')
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '', **options: Any) -> None:
-        """Add one group per parameter of ``module``, the whole model, to ``params``."""
+        """Add one parameter group per parameter of ``module`` to ``params``."""
         super().add_params(params, module, prefix, **options)
-        if prefix:  # called for a part of the model by the line above
+        if prefix:  # super() recurses into submodules through this method; act once, on the whole model
             return
+        base_lr = self.base_lr
+        assert base_lr is not None  # checked in __init__
         backbone = dict(_backbone_parameters(module))
         for group in params:
             (parameter,) = group['params']
             if not parameter.requires_grad or id(parameter) not in backbone:
                 continue
             name, distance = backbone[id(parameter)]
-            group['lr'] = group.get('lr', self.base_lr) * self.decay_rate**distance
-            if any(part in name for part in NO_DECAY):
+            group['lr'] = group.get('lr', base_lr) * self.decay_rate**distance
+            if any(part in name for part in NO_DECAY_V2):
                 group['weight_decay'] = 0.0
-        rates = [group.get('lr', self.base_lr) for group in params]
-        print_log(f'layer-wise decay: learning rates from {min(rates):.3g} to {max(rates):.3g}', 'current')
+        rates = [group.get('lr', base_lr) for group in params]
+        print_log(f'layer-wise learning-rate decay: from {min(rates):.3g} to {max(rates):.3g}', 'current')
 
 
 def _backbone_parameters(model: nn.Module) -> Iterator[tuple[int, tuple[str, int]]]:
-    """Every parameter of a Swin backbone in the model, by id: its name there and the blocks between it and the head."""
+    """Yield (id, (name in the backbone, number of blocks below the head)) of every parameter of a Swin backbone."""
     backbones = [part for part in model.modules() if isinstance(part, SwinPyramid)]
     if not backbones:
         raise TypeError(
-            f'{type(model).__name__} has no Swin backbone of swin_mm, whose blocks could be counted; give it '
-            "backbone=dict(type='swin_mm.SwinTransformer') or leave out the constructor"
+            f'{type(model).__name__} has no Swin backbone of swin_mm; use '
+            "backbone=dict(type='swin_mm.SwinTransformer') or remove this constructor from optim_wrapper"
         )
     for backbone in backbones:
-        depths = [len(stage.blocks) for stage in backbone.layers]
+        depths = [len(list(stage.get_submodule('blocks').children())) for stage in backbone.layers]
         for name, parameter in backbone.named_parameters():
             yield id(parameter), (name, sum(depths) + 1 - layer_id(name, depths))

@@ -1,4 +1,4 @@
-"""The scope ``swin_mm``: a registry below mmengine's, and configs that find each other by library."""
+"""The registry scope ``swin_mm``, and the entries that let configs name each other by library."""
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, distribution
@@ -16,20 +16,24 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 )
 
 
-def _find_configs_by_module() -> None:
-    """Let ``_base_ = 'mmseg::...'`` find mmseg whichever distribution brought it, and ``'swin_mm::...'`` find ours.
+def register_config_libraries() -> None:
+    """Make ``_base_ = 'swin_mm::...'`` work, and ``'mmseg::...'`` whichever distribution provides mmseg.
 
-    mmengine looks such a base up by the name of the original distribution (``mmsegmentation`` for mmseg), so it
-    reports mmseg as missing when ``onedl-mmsegmentation`` provides it. Where no distribution of the original name is
-    installed but the module is, its own name leads mmengine to the same files.
+    mmengine finds the configs of a library by the distribution that its table ``MODULE2PACKAGE`` gives for the import
+    name, and offers no function to add one. Two things are changed in that table:
+
+    - ``swin_mm`` is added.
+    - mmseg's entry is ``mmsegmentation``. Where ``onedl-mmsegmentation`` is installed instead, mmengine reports that
+      mmseg is missing. An entry whose distribution is not installed, although the module is, becomes the module's own
+      name, which mmengine then looks up as a module. An entry that works is never touched.
     """
-    MODULE2PACKAGE['swin_mm'] = 'swin_mm'
-    for module, package in MODULE2PACKAGE.items():
+    MODULE2PACKAGE.setdefault('swin_mm', 'swin_mm')
+    for module in ('mmdet', 'mmseg', 'mmpretrain'):
         try:
-            distribution(package)
+            distribution(MODULE2PACKAGE.get(module, module))
         except PackageNotFoundError:
             if importlib.util.find_spec(module) is not None:
                 MODULE2PACKAGE[module] = module
 
 
-_find_configs_by_module()
+register_config_libraries()

@@ -19,6 +19,15 @@ FIXES = {
     'mmpretrain': 'pip install onedl-mmpretrain',
     'triton': 'pip install triton',
 }
+# Distributions that have another name than the module that they install.
+DISTRIBUTIONS = {
+    'cv2': 'opencv-python-headless',
+    'modelindex': 'model-index',
+    'PIL': 'pillow',
+    'skimage': 'scikit-image',
+    'sklearn': 'scikit-learn',
+    'yaml': 'pyyaml',
+}
 OPTIONAL = ('mmpretrain', 'triton')
 NAMES = {'mmcv._ext': 'compiled ops of mmcv'}
 # What a config needs, by its `default_scope`.
@@ -40,6 +49,11 @@ def is_installed(module: str) -> bool:
     return importlib.util.find_spec(module.partition('.')[0]) is not None
 
 
+def install_command(module: str) -> str:
+    """Return the command that installs a module."""
+    return FIXES.get(module, f'pip install {DISTRIBUTIONS.get(module, module)}')
+
+
 def find_problem(module: str) -> str:
     """Import a module; what is wrong and the command that mends it in one sentence, or '' if it works."""
     package = module.partition('.')[0]
@@ -56,7 +70,7 @@ def find_problem(module: str) -> str:
     except ModuleNotFoundError as error:
         if error.name == module:
             return f'{name} are not there (a build without them, or mmcv-lite); build them with: {fix}'
-        return f'{name} does not import: {error}; install that with: pip install {error.name}'
+        return f'{name} does not import: {error}; install that with: {install_command(error.name or "")}'
     except Exception as error:  # a broken binary or a check of versions may raise anything
         return f'{name} does not import ({" ".join(str(error).split())}); reinstall it with: {fix}'
     return ''

@@ -1,4 +1,4 @@
-"""Configs: what they build; that they equal the stock ones but for the backbone, or follow the published recipes."""
+"""Configs: they build, equal the stock configs except for the backbone, or follow the published recipes."""
 
 import functools
 import importlib.util
@@ -22,6 +22,7 @@ from support.tool_fixtures import ROOT
 import swin_mm
 from swin_mm.checkpoints.namings import MMDET
 from swin_mm.models.swin import ARCHS
+from swin_mm.openmmlab.layer_decay import NO_DECAY
 from swin_mm.ops.windows import padded_size
 
 CONFIGS = ROOT / 'configs'
@@ -35,7 +36,7 @@ needs_mmpretrain = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True, scope='module')
 def find_mmpretrain(tmp_path_factory) -> Iterator[None]:
-    """Take mmpretrain's configs out of the folder of reference libraries, from where it cannot be imported."""
+    """Read mmpretrain's configs from the folder of reference libraries if mmpretrain is not installed."""
     with pytest.MonkeyPatch.context() as patch:
         if MMPRETRAIN is None and (FOLDER / 'mmpretrain').is_dir():
             folder = tmp_path_factory.mktemp('libraries')
@@ -46,7 +47,7 @@ def find_mmpretrain(tmp_path_factory) -> Iterator[None]:
 
 
 def leaves(pattern: str, but: str = '$^') -> list:
-    """The leaves whose name matches, for ``parametrize``; those on mmpretrain's configs only where it is installed."""
+    """Return the leaves whose name matches, for ``parametrize``; classification configs need mmpretrain."""
     return [
         pytest.param(leaf, marks=needs_mmpretrain) if leaf.startswith('classification') else leaf
         for leaf in LEAVES
@@ -56,21 +57,13 @@ def leaves(pattern: str, but: str = '$^') -> list:
 
 OFFICIAL = 'https://github.com/SwinTransformer/storage/releases/download/'
 
-spec = importlib.util.spec_from_file_location('model_info', ROOT / 'tools/model_info.py')
-model_info = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(model_info)
+model_info = importlib.import_module('tools.model_info')
 
-# Stock configs that ours stand for under another name.
+# Stock configs that ours correspond to under another name.
 RENAMED = {
     'mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',
     'mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py': (
         'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py'
-    ),
-    'mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco.py': (
-        'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_amp-ms-crop-3x_coco.py'
-    ),
-    'mask_rcnn/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py': (
-        'mmdet::swin/mask-rcnn_swin-s-p4-w7_fpn_amp-ms-crop-3x_coco.py'
     ),
 } | {
     f'upernet/upernet_swin-{ours}_8xb2-160k_ade20k-512x512.py': (
@@ -90,7 +83,7 @@ RENAMED = {
 
 
 def find_stock() -> dict[str, str]:
-    """Every config of ours that stands for a stock one, most under the same name."""
+    """Return {our config: the stock config that it corresponds to}, most of the same name."""
     same = {
         leaf: f'{library}::{leaf}'
         for leaf in LEAVES
@@ -139,7 +132,7 @@ V2 = 'swinv2-t-p4-w8', 'swinv2-t-p4-w16', 'swinv2-s-p4-w16', 'swinv2-b-p4-w16', 
 
 @functools.cache
 def load(name: str) -> Config:
-    """A config of ours by its place under configs/, or a stock one by its ``library::`` name."""
+    """Read a config of ours by its path under configs/, or a stock config by its ``library::`` name."""
     folder = None
     if '::' in name:
         library, _, name = name.partition('::')
@@ -148,20 +141,20 @@ def load(name: str) -> Config:
 
 
 def plain(node):
-    """The same without the scopes that mmengine notes in what it takes from another library's config."""
+    """Return a config without the ``_scope_`` marks of mmengine."""
     if isinstance(node, dict):
         return {key: plain(value) for key, value in node.items() if key != '_scope_'}
     return [plain(value) for value in node] if isinstance(node, (list, tuple)) else node
 
 
 def settings(name: str) -> dict:
-    """What takes effect of a config; the rest are names of its parts."""
+    """Return the entries of a config that have an effect; the others are variables."""
     effective = {*inspect.signature(Runner.__init__).parameters, 'auto_scale_lr', 'tta_model', 'tta_pipeline'}
     return {key: plain(value) for key, value in load(name).to_dict().items() if key in effective}
 
 
 def backbone_arguments(backbone: dict) -> dict:
-    """All arguments of a Swin backbone, defaults and what ``arch`` stands for included, weights apart."""
+    """Return all arguments of a Swin backbone including defaults, except for the weights."""
     from mmdet.models import SwinTransformer
 
     defaults = {name: p.default for name, p in inspect.signature(SwinTransformer.__init__).parameters.items()}
@@ -174,7 +167,7 @@ def backbone_arguments(backbone: dict) -> dict:
 
 
 @pytest.mark.parametrize('ours', STOCK)
-def test_differs_from_the_stock_config_in_the_backbone_alone(ours):
+def test_equals_the_stock_config_except_for_the_backbone(ours):
     config, expected = settings(ours), settings(STOCK[ours])
     model, stock_model = config['model'], expected['model']
     model.pop('pretrained', None), stock_model.pop('pretrained', None)
@@ -182,7 +175,7 @@ def test_differs_from_the_stock_config_in_the_backbone_alone(ours):
     assert (backbone['type'], replaced['type']) == ('swin_mm.SwinTransformer', 'SwinTransformer')
     assert backbone_arguments(backbone) == backbone_arguments(replaced)
     options = expected['optim_wrapper'].get('paramwise_cfg', {})
-    if 'custom_keys' in options:  # parts of mmdet's Swin by their names here; the next test is about what that means
+    if 'custom_keys' in options:  # names of mmdet's Swin; the next test checks their effect
         options['custom_keys'] = {k.replace('.stages.', '.layers.'): v for k, v in options['custom_keys'].items()}
     assert config == expected
     imported = load(STOCK[ours]).get('custom_imports', {}).get('imports', [])
@@ -191,9 +184,9 @@ def test_differs_from_the_stock_config_in_the_backbone_alone(ours):
 
 
 def learning(name: str) -> dict[str, tuple[float, float]]:
-    """(learning rate, weight decay) of every parameter under the name that we give it, as training would set them."""
+    """Return {our parameter name: (learning rate, weight decay)} as the optimizer of training has them."""
     config = load(name)
-    # mmdet's Swin asks for the numbers of a linspace, which the device meta does not have.
+    # mmdet's Swin reads the numbers of a linspace, which meta tensors do not have.
     with mock.patch('torch.linspace', functools.partial(torch.linspace, device='cpu')):
         model = model_info.build(config)
     options = config.optim_wrapper.to_dict() | dict(type='OptimWrapper')
@@ -215,7 +208,7 @@ def test_every_parameter_learns_as_with_the_stock_config(ours):
 
 
 def test_the_stock_configs_are_found():
-    assert len(STOCK) == 36, sorted(STOCK)
+    assert len(STOCK) == 34, sorted(STOCK)
 
 
 @pytest.mark.parametrize('ours', leaves('mask_rcnn/mask.*swin-[sbl].*_fpn_(1x|ms-crop-3x)'))
@@ -232,7 +225,7 @@ COCO_STEPS = {'1x': (12, [8, 11]), '3x': (36, [27, 33]), '6x': (72, [63, 69])}
 
 @pytest.mark.parametrize('ours', leaves('^(cascade|retinanet|atss|reppoints|sparse|htc)|ms-crop-1x'))
 def test_recipe_on_coco(ours):
-    """What the official repository says, where mmdet has no such config."""
+    """Recipes of the official repository that mmdet has no config for."""
     config, reference = load(ours), load('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py')
     assert plain(config.optim_wrapper.optimizer) == plain(reference.optim_wrapper.optimizer)
     keys = {key: value['decay_mult'] for key, value in config.optim_wrapper.paramwise_cfg.custom_keys.items()}
@@ -262,7 +255,7 @@ def test_recipe_on_coco(ours):
     assert pipeline == expected
 
 
-@pytest.mark.parametrize('ours', leaves('^(mask_rcnn|cascade|retinanet|atss|reppoints|sparse|htc)', but='[_-]amp-'))
+@pytest.mark.parametrize('ours', leaves('^(mask_rcnn|cascade|retinanet|atss|reppoints|sparse|htc)'))
 def test_drop_path_on_coco(ours):
     size = re.search(r'swin(?:v2)?-(\w)', ours)[1]
     exceptions = {
@@ -274,7 +267,7 @@ def test_drop_path_on_coco(ours):
 
 @pytest.mark.parametrize('name', ['b-p4-w12-384-in21k_8xb2-lsj-50e_coco', 'l-p4-w12-384-in21k_16xb1-lsj-100e_coco'])
 def test_instance_mask2former_is_trained_like_the_panoptic_one(name):
-    """mmdet has these sizes for panoptic segmentation alone."""
+    """mmdet has these sizes for panoptic segmentation only."""
     ours, stock = f'mask2former/mask2former_swin-{name}.py', f'mmdet::mask2former/mask2former_swin-{name}-panoptic.py'
     config, expected = settings(ours), settings(stock)
     for key in ('param_scheduler', 'train_cfg'):
@@ -287,7 +280,7 @@ def test_instance_mask2former_is_trained_like_the_panoptic_one(name):
 
 @pytest.mark.parametrize('ours', leaves('^cascade'))
 def test_cascade_has_the_official_heads(ours):
-    """The same that mmdet's ConvNeXt took over from Swin."""
+    """mmdet's ConvNeXt configs use the same heads."""
     expected = settings('mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py')
     config = settings(ours)
     for options in (config, expected):
@@ -322,23 +315,18 @@ def test_recipe_on_ade20k_and_cityscapes(ours):
     assert config.model.backbone.drop_path_rate == 0.3
 
 
-@pytest.mark.parametrize('ours', leaves('[_-]amp-'))
-def test_mixed_precision_changes_nothing_else(ours):
-    tag = 'amp-bf16-' if 'amp-bf16-' in ours else 'amp-'
-    config, full = settings(ours), settings(ours.replace(tag, ''))
-    wrapper = config['optim_wrapper']
-    assert wrapper.pop('type') == 'AmpOptimWrapper'
-    # bf16 has the range of fp32: its losses need no scaling.
-    precision = wrapper.pop('dtype', None), wrapper.pop('loss_scale', 'dynamic')
-    assert precision == (('bfloat16', 1.0) if 'bf16' in tag else (None, 'dynamic'))
-    full['optim_wrapper'].pop('type', None)
-    assert config == full
-
-
-def test_every_family_has_both_kinds_of_mixed_precision():
-    families = {leaf.split('/')[0] for leaf in LEAVES} - set(NOT_PUBLISHED)
-    for tag in ('amp-bf16-', 'amp-(?!bf16)'):
-        assert {leaf.split('/')[0] for leaf in LEAVES if re.search(f'[_-]{tag}', leaf)} == families, tag
+@pytest.mark.parametrize('size', ['t', 's'])
+def test_amp_makes_the_mixed_precision_config_of_mmdet(size):
+    """There are no configs for mixed precision: tools/train.py --amp changes the type of the optim wrapper."""
+    config = settings(f'mask_rcnn/mask-rcnn_swin-{size}-p4-w7_fpn_ms-crop-3x_coco.py')
+    expected = settings(f'mmdet::swin/mask-rcnn_swin-{size}-p4-w7_fpn_amp-ms-crop-3x_coco.py')
+    config['optim_wrapper']['type'] = 'AmpOptimWrapper'
+    assert expected['optim_wrapper'].pop('loss_scale', 'dynamic') == 'dynamic'
+    for options in (config, expected):
+        options['model'].pop('backbone')
+        options['model'].pop('pretrained', None)
+    assert config == expected
+    assert not [leaf for leaf in LEAVES if re.search(r'[_-]amp[_-]', leaf)]
 
 
 @pytest.mark.parametrize('ours', LEAVES)
@@ -347,8 +335,8 @@ def test_leaves_are_short(ours):
     assert len((CONFIGS / ours).read_text().splitlines()) <= lines
 
 
-@pytest.mark.parametrize('ours', leaves('', but='classification|[_-]amp-'))
-def test_leaves_build_and_their_parts_fit(ours):
+@pytest.mark.parametrize('ours', leaves('', but='classification'))
+def test_leaves_build_and_channels_match(ours):
     config = load(ours)
     model = model_info.build(config)
     row = re.search(
@@ -369,7 +357,7 @@ def test_leaves_build_and_their_parts_fit(ours):
 
 
 @pytest.mark.parametrize('ours', leaves('', but='demo|nuclei|nano'))
-def test_weights_are_official_and_of_this_size(ours):
+def test_weights_are_official_and_match_the_size(ours):
     backbone = load(ours).model.backbone
     found = backbone_arguments(backbone.to_dict())
     address = backbone.init_cfg.checkpoint
@@ -380,7 +368,7 @@ def test_weights_are_official_and_of_this_size(ours):
     assert (version == 'swinv2') == ('V2' in backbone.type) == ('swinv2' in ours)
     assert int(window) == backbone.get('window_size', 7)
     if backbone.type.endswith('V2') and int(window) == 16:
-        # The last map was smaller than the window in training, and so was its window.
+        # In pre-training the last map was smaller than the window, so the window was too.
         trained = (12, 12, 12, 6) if '22k' in address else (16, 16, 16, 8)
         assert tuple(backbone.pretrained_window_sizes) == trained
     if re.search('in2[12]k', ours):
@@ -390,7 +378,7 @@ def test_weights_are_official_and_of_this_size(ours):
 
 
 def projections_of_padding(backbone, width, height):
-    """Multiply-adds of what published Swins compute and ours does not."""
+    """Return the multiply-adds of projecting padded tokens, which published Swins compute and ours does not."""
     total, size = 0, (height, width)
     for i, stage in enumerate(backbone.layers):
         size = tuple(-(-side // (2 if i else 4)) for side in size)
@@ -411,13 +399,19 @@ def test_models_have_the_published_size(ours, width, height, parameters, gmac):
 @pytest.mark.parametrize('name', V2)
 @pytest.mark.parametrize('method', ['cascade_mask_rcnn/cascade-mask-rcnn', 'upernet/upernet'])
 def test_v2_models_differ_from_v1_by_the_backbone(method, name):
-    """Whole models with V2 have no published size; their parts have."""
+    """Whole models with V2 have no published size, but their backbones have."""
     arch = name[7]
     backbones = dict(t=27_579_498 - 27_520_698, s=48_960_762 - 48_838_602, b=86_895_608 - 86_745_016)
     backbones['l'] = 195_205_620 - 194_998_164
     v1 = next(row for row in SIZES if row[0].startswith(method) and f'swin-{arch}-' in row[0])
     leaf = next(leaf for leaf in LEAVES if leaf.startswith(f'{method}_{name}'))
     assert sum(p.numel() for p in model_info.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
+
+
+def test_no_decay_keys_are_those_of_the_library():
+    no_decay = load('_base_/schedules/no_decay.py').no_decay
+    assert tuple(no_decay) == NO_DECAY
+    assert all(options == {'decay_mult': 0.0} for options in no_decay.values())
 
 
 def test_configs_are_found_by_library_name(tmp_path):
@@ -427,7 +421,7 @@ def test_configs_are_found_by_library_name(tmp_path):
     assert Config.fromfile(wrapper).model == load(ours).model
 
 
-def test_a_local_file_takes_the_place_of_the_address():
+def test_checkpoint_can_be_a_local_file():
     config = Config.fromfile(CONFIGS / 'mask_rcnn/mask-rcnn_swin-s-p4-w7_fpn_1x_coco.py')
     config.merge_from_dict({'model.backbone.init_cfg.checkpoint': 'swin_small.pth'})
     assert model_info.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}

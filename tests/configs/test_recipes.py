@@ -1,4 +1,4 @@
-"""One training iteration and a test run of a config of each family, on real images made small."""
+"""One training iteration and a test run of one config per family, on small versions of real images."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from mmengine.config import Config
 from PIL import Image
 from support.tool_fixtures import ROOT, run_tool
 
-import swin_mm  # noqa: F401 (lets configs find those of mmdet and mmseg)
+import swin_mm  # noqa: F401 (makes mmdet:: and mmseg:: names of configs work)
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,12 +35,12 @@ FAMILIES = {
     'maskformer/maskformer_swin-t_upernet_8xb2-160k_ade20k-512x512': 'mIoU',
     'custom/upernet_swin-t-p4-w7_custom-512x512': 'mIoU',
 }
-# mmdet merges boxes alone: what gives masks without a mask head to leave out has no test-time augmentation.
+# mmdet merges boxes only, so a model that predicts masks without a separate mask head has no test-time augmentation.
 WITHOUT_TTA = ('mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco',)
 
 
 def link(folder: Path) -> None:
-    """Put the data sets where the configs look for them."""
+    """Link the data sets to where the configs expect them."""
     source = Path(os.environ['SWIN_MM_DATA'])
     (folder / 'data/ade').mkdir(parents=True)
     (folder / 'data/ade/ADEChallengeData2016').symlink_to(source / 'coco_sem_cc')
@@ -50,14 +50,14 @@ def link(folder: Path) -> None:
         Image.open(path).point(lambda label: label % 4).save(place)
     (folder / 'data/custom/images').symlink_to(source / 'coco_sem_cc/images')
     annotations = folder / 'data/coco/annotations'
-    # Stock configs of instance segmentation by Mask2Former name panoptic maps too, and never read them.
+    # Stock configs of Mask2Former for instances name panoptic maps too, but do not read them.
     (annotations / 'panoptic_train2017').mkdir(parents=True)
     (annotations / 'panoptic_val2017').mkdir()
     for path in (source / 'coco_cc/annotations').iterdir():
         (annotations / path.name).symlink_to(path)
     for name in ('train2017', 'val2017'):
         (folder / 'data/coco' / name).symlink_to(source / 'coco_cc' / name)
-    # HTC's second task, with every pixel of one class.
+    # For the semantic branch of HTC: all pixels of one class.
     things = folder / 'data/coco/stuffthingmaps/train2017'
     things.mkdir(parents=True)
     for path in (source / 'coco_cc/train2017').glob('*.jpg'):
@@ -65,7 +65,7 @@ def link(folder: Path) -> None:
 
 
 def shrink(node, name: str = ''):
-    """The same with every length in pixels divided."""
+    """Divide every length in pixels in a config by SMALLER."""
     if isinstance(node, dict):
         return {key: shrink(value, key) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
@@ -74,12 +74,12 @@ def shrink(node, name: str = ''):
         return node / SMALLER
     lengths = ('scale', 'scales', 'crop_size', 'img_scale', 'size', 'max_size')
     if name in lengths and isinstance(node, int) and node > 32:
-        return max(32, node // SMALLER // 32 * 32)  # some necks need whole multiples of their largest stride
+        return max(32, node // SMALLER // 32 * 32)  # some necks need multiples of their largest stride
     return node
 
 
 def small_config(name: str, folder: Path) -> Path:
-    """The config from random weights for one iteration, with small images, few of them, and no worker processes."""
+    """Write a version of a config for one iteration from random weights, with two small images and no workers."""
     config = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     for key in ('train_dataloader', 'test_dataloader', 'tta_pipeline'):
         if key in config:
@@ -95,13 +95,13 @@ def small_config(name: str, folder: Path) -> Path:
     limits = config.model.get('test_cfg') or {}
     for part in (limits, limits.get('rcnn') or {}):
         if 'score_thr' in part:
-            part.score_thr = 0.0  # random weights score low
-    if limits.get('rpn'):  # the second stage costs per box, whatever the image
+            part.score_thr = 0.0  # random weights give low scores
+    if limits.get('rpn'):  # the cost of the second stage does not depend on the image size
         limits.rpn.max_per_img = 50
         stages = config.model.train_cfg.rcnn
         for stage in stages if isinstance(stages, list) else [stages]:
             stage.sampler.num = 32
-    config.val_cfg = config.val_dataloader = config.val_evaluator = None  # the test run shows the same
+    config.val_cfg = config.val_dataloader = config.val_evaluator = None  # covered by the test run
     by_epoch = 'max_epochs' in config.train_cfg
     config.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
     if not by_epoch:

@@ -14,7 +14,7 @@ LR, DECAY, RATE = 1e-2, 0.05, 0.5
 
 
 class Detector(BaseModule):
-    """A backbone under another name than ``backbone``, and a head."""
+    """A model whose backbone is not called ``backbone``, with a head."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ def detector(version: type = swin_mm.SwinTransformer, **options) -> Detector:
 
 
 def groups(model: nn.Module, type='OptimWrapper', **paramwise) -> dict[str, tuple[float, float]]:
-    """(learning rate, weight decay) of every parameter, from an optim wrapper as a config builds it."""
+    """Return {parameter: (learning rate, weight decay)} from an optim wrapper built as from a config."""
     config = dict(
         type=type,
         constructor='swin_mm.LayerDecayOptimWrapperConstructor',
@@ -43,7 +43,7 @@ def groups(model: nn.Module, type='OptimWrapper', **paramwise) -> dict[str, tupl
 
 
 @pytest.mark.parametrize('version', [swin_mm.SwinTransformer, swin_mm.SwinTransformerV2])
-def test_each_block_learns_slower_than_the_one_after_it(version):
+def test_learning_rate_shrinks_from_block_to_block(version):
     found = groups(detector(version, use_abs_pos_embed=True, pretrain_img_size=32))
     blocks = sum(DEPTHS)
     expected = {
@@ -63,11 +63,11 @@ def test_each_block_learns_slower_than_the_one_after_it(version):
     for name, depth in expected.items():
         assert found[f'student.trunk.{name}'][0] == pytest.approx(LR * RATE ** (blocks + 1 - depth)), name
     assert {rate for name, (rate, _) in found.items() if name.startswith('head')} == {LR}
-    # Ten steps from the bottom to the top of any arch are ten different rates: nothing is left out in between.
+    # One rate per block, one for the embeddings and one for the output norms and the head.
     assert len({rate for rate, _ in found.values()}) == blocks + 2
 
 
-def test_ids_count_all_blocks_of_the_published_depths():
+def test_layer_ids_cover_all_blocks_of_swin_s():
     names = [
         name for name, _ in swin_mm.SwinTransformer(arch='s', embed_dims=32, num_heads=(1, 2, 4, 8)).named_parameters()
     ]
@@ -79,7 +79,7 @@ def test_ids_count_all_blocks_of_the_published_depths():
 
 @pytest.mark.parametrize('version', [swin_mm.SwinTransformer, swin_mm.SwinTransformerV2])
 def test_norms_and_positions_of_the_backbone_have_no_weight_decay(version):
-    # A longer key than 'norm' must not bring the decay back.
+    # mmengine prefers longer custom_keys; a longer key than 'norm' must not bring the decay back.
     model = detector(version, use_abs_pos_embed=True, pretrain_img_size=32)
     found = groups(model, custom_keys={'student.trunk': dict(lr_mult=0.1, decay_mult=1.0)})
     free = {'relative_position_bias_table', 'absolute_pos_embed', 'logit_scale'}
@@ -87,7 +87,7 @@ def test_norms_and_positions_of_the_backbone_have_no_weight_decay(version):
         owner = model.student['trunk'].get_submodule(path.rpartition('.')[0])
         expected = isinstance(owner, nn.LayerNorm) or path.rpartition('.')[2] in free or 'cpb_mlp' in path
         assert (found[f'student.trunk.{path}'][1] == 0) == expected, (path, parameter.shape)
-    assert found['head.1.weight'][1] == DECAY  # what the head does without is the config's business
+    assert found['head.1.weight'][1] == DECAY  # weight decay of the head is up to the config
 
 
 def test_other_options_keep_their_meaning():
@@ -101,7 +101,7 @@ def test_other_options_keep_their_meaning():
     assert found['head.1.weight'] == (LR, 0.5 * DECAY)
 
 
-def test_frozen_stages_are_left_alone():
+def test_frozen_stages_are_not_updated():
     model = detector(frozen_stages=1)
     before = {name: p.clone() for name, p in model.named_parameters()}
     config = dict(
@@ -117,12 +117,12 @@ def test_frozen_stages_are_left_alone():
     assert any('layers.1.blocks.0' in name for name in moved)
 
 
-def test_bad_input_is_named():
+def test_errors_name_the_bad_setting():
     for rate in (None, 0, 1.5, '0.9'):
-        with pytest.raises(ValueError, match='give a number above 0 and up to 1'):
+        with pytest.raises(ValueError, match=r'must be in \(0, 1\], for example'):
             groups(detector(), decay_rate=rate)
     with pytest.raises(TypeError, match='Sequential has no Swin backbone of swin_mm'):
         groups(nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match='no lr to decay'):
+    with pytest.raises(ValueError, match='the optimizer has no lr; set one'):
         config = dict(constructor='swin_mm.LayerDecayOptimWrapperConstructor', optimizer=dict(type='AdamW'))
         build_optim_wrapper(detector(), config | dict(paramwise_cfg=dict(decay_rate=RATE)))

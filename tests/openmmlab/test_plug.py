@@ -1,9 +1,11 @@
-"""Plugging: stock configs keep what they compute with our Swin, or train and predict with it as a new backbone."""
+"""Plugging: stock Swin configs compute the same with our Swin; others train and predict with it."""
 
 import inspect
 import json
 import os
 import re
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,14 +18,15 @@ from mmengine.dataset import pseudo_collate
 from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
+from mmengine.registry import MODELS, PARAM_SCHEDULERS, TRANSFORMS, DefaultScope
 from mmengine.utils import get_installed_path
 from support.oracles import randomise, relative_error
 from support.reference_models import NoRandomStart, reference
 from support.tool_fixtures import ROOT
 
-from swin_mm.openmmlab.config import load_config
-from swin_mm.openmmlab.plug import plug, show, write
+from swin_mm.openmmlab.config import build_model, is_pure_python, load_config, with_type_names
+from swin_mm.openmmlab.layer_decay import NO_DECAY
+from swin_mm.openmmlab.plug import PartStrides, plug, plug_with_report, show, write
 from swin_mm.utils.errors import InputError
 
 TABLE = ROOT / 'docs/plug.md'
@@ -38,8 +41,8 @@ def stock_configs(library: str) -> Path:
 
 @cache
 def mentions_swin(path: Path) -> bool:
-    """Whether a config or one it inherits from names a Swin."""
-    if not path.is_file():  # some stock configs name a base that is not there
+    """Whether a config or one of its bases names a Swin."""
+    if not path.is_file():  # some stock configs name a base that does not exist
         return False
     if re.search(r"""type=['"]\S*SwinTransformer""", path.read_text()):
         return True
@@ -48,13 +51,13 @@ def mentions_swin(path: Path) -> bool:
 
 
 def swin_configs(library: str) -> list[Path]:
-    """All of a library's configs that may use a Swin."""
+    """Return all configs of a library that may use a Swin."""
     root = stock_configs(library)
     return [p for p in sorted(root.rglob('*.py')) if '_base_' not in p.relative_to(root).parts and mentions_swin(p)]
 
 
 def swins(node):
-    """Every dict with a Swin in a nest of dicts and lists."""
+    """Yield every dict with a Swin in nested dicts and lists."""
     if isinstance(node, dict):
         if 'SwinTransformer' in str(node.get('type')):
             yield node
@@ -64,14 +67,14 @@ def swins(node):
 
 
 def is_default(name: str, value) -> bool:
-    """Whether leaving the argument out says the same."""
+    """Whether a value is the default of the argument."""
     default = inspect.signature(MMDetSwin).parameters[name].default
     return list(value) == list(default) if isinstance(default, (list, tuple)) else value == default
 
 
-# Arguments that the features in evaluation do not depend on.
+# Arguments that do not change the features in evaluation.
 UNSEEN = ('type', 'init_cfg', 'pretrained', 'with_cp', 'drop_path_rate', 'convert_weights', 'frozen_stages')
-UNSEEN += ('pretrain_img_size',)  # of the absolute embedding, which no stock config has
+UNSEEN += ('pretrain_img_size',)  # for the absolute position embedding, which no stock config has
 
 
 @torch.no_grad()
@@ -81,7 +84,7 @@ def test_every_stock_swin_is_replaced_and_computes_the_same(record_property):
         for path in swin_configs(library):
             try:
                 before = Config.fromfile(path)
-            except (ImportError, FileNotFoundError):  # needs a library that is not there
+            except (ImportError, FileNotFoundError):  # needs a library that is not installed
                 continue
             expected = before.to_dict()
             nodes = list(swins(expected.get('model')))
@@ -97,7 +100,7 @@ def test_every_stock_swin_is_replaced_and_computes_the_same(record_property):
             names = imports['imports']
             imports['imports'] = [*([names] if isinstance(names, str) else names), 'swin_mm']
             paramwise = expected.get('optim_wrapper', {}).get('paramwise_cfg', {})
-            if 'custom_keys' in paramwise:  # they pick parameters by the names of the other Swin
+            if 'custom_keys' in paramwise:  # they select parameters by the names of the other Swin
                 keys = paramwise['custom_keys']
                 paramwise['custom_keys'] = {
                     key.replace('backbone.stages.', 'backbone.layers.'): keys[key] for key in keys
@@ -137,7 +140,7 @@ def test_mmpretrain_swin_keeps_its_conventions():
     image = torch.rand(1, 3, 224, 224)  # the last map is one window, which mmpretrain does not shift
     assert relative_error(ours.eval()(image), [theirs.classify(image)]) < 1e-5
     trained = [i for i, stage in enumerate(ours.layers) if next(stage.parameters()).requires_grad]
-    assert trained == [2, 3]  # theirs names the last frozen stage
+    assert trained == [2, 3]  # theirs is the index of the last frozen stage
 
 
 @pytest.mark.parametrize(
@@ -170,8 +173,9 @@ def without(node: dict, *keys: str) -> dict:
 
 
 def test_resnet_detector_becomes_the_stock_swin_detector():
-    """mmdet has both, so the one plugged must train as the other does."""
-    actual = plug(load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'))
+    """mmdet has both, so the plugged config must train like the stock one."""
+    before = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    actual = plug(before)
     expected = load_config('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py')
     built = [
         MODELS.build(backbone | {'type': 'swin_mm.SwinTransformer', 'init_cfg': None})
@@ -181,8 +185,10 @@ def test_resnet_detector_becomes_the_stock_swin_detector():
     assert actual.model.backbone.init_cfg.checkpoint == expected.model.backbone.init_cfg.checkpoint
     assert without(actual.model, 'backbone') == without(expected.model, 'backbone')
     assert actual.optim_wrapper == expected.optim_wrapper
-    plain = [[without(step, '_scope_') for step in cfg.param_scheduler] for cfg in (actual, expected)]
-    assert plain[0] == plain[1]
+    warmup, steps = actual.param_scheduler
+    assert warmup == before.param_scheduler[0] and warmup.end == 500  # the config's own; mmdet's Swin has 1000
+    assert steps == expected.param_scheduler[1]
+    assert actual.auto_scale_lr == {'enable': False, 'base_batch_size': 16}
     assert 'find_unused_parameters' not in actual
 
 
@@ -193,8 +199,8 @@ def test_resnet_segmentor_becomes_the_stock_swin_segmentor():
     assert actual.model.backbone.drop_path_rate == expected.model.backbone.drop_path_rate
     for key in ('optimizer', 'paramwise_cfg'):
         assert actual.optim_wrapper[key] == expected.optim_wrapper[key]
-    warmup, decay = (without(step, '_scope_') for step in actual.param_scheduler)
-    expected_warmup, expected_decay = (without(step, '_scope_') for step in expected.param_scheduler)
+    warmup, decay = actual.param_scheduler
+    expected_warmup, expected_decay = expected.param_scheduler
     assert warmup == {'begin': 0} | expected_warmup
     # The schedule keeps its shape: its power, and the ratio of its end to its start.
     assert decay == expected_decay | {'power': 0.9, 'eta_min': 6e-7}
@@ -215,7 +221,7 @@ def test_config_with_adamw_keeps_its_rates():
 
 
 def test_images_are_normalised_as_in_pre_training():
-    """A Caffe ResNet takes BGR without a deviation."""
+    """A Caffe ResNet takes BGR images without division by the standard deviation."""
     before = load_config('mmdet::retinanet/retinanet_r50-caffe_fpn_1x_coco.py')
     assert not before.model.data_preprocessor.bgr_to_rgb
     preprocessor = plug(before).model.data_preprocessor
@@ -223,9 +229,265 @@ def test_images_are_normalised_as_in_pre_training():
     assert preprocessor.mean == [123.675, 116.28, 103.53] and preprocessor.std == [58.395, 57.12, 57.375]
 
 
-def test_maps_that_nothing_reads_are_announced():
-    """RetinaNet's neck starts at the second map, so the first output norm has no gradient."""
-    assert plug(load_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')).find_unused_parameters
+def test_maps_that_nothing_reads_are_not_computed():
+    """RetinaNet's neck starts at the second map; mmdet has a Swin config with the three others."""
+    actual = plug(load_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'))
+    expected = load_config('mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py')
+    assert actual.model.neck == expected.model.neck
+    assert actual.model.backbone.out_indices == tuple(expected.model.backbone.out_indices) == (1, 2, 3)
+    assert 'find_unused_parameters' not in actual
+
+
+def test_stages_after_the_last_map_that_heads_read_are_not_built():
+    cfg = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    cfg.model.decode_head.update(in_index=2, in_channels=1024)
+    cfg.model.auxiliary_head.update(in_index=1, in_channels=512)
+    after = plug(cfg)
+    assert after.model.backbone.out_indices == (1, 2)
+    heads = after.model.decode_head, after.model.auxiliary_head
+    assert [(head.in_index, head.in_channels) for head in heads] == [(1, 384), (0, 192)]
+    assert len(MODELS.build(after.model.backbone | {'init_cfg': None}).layers) == 3
+
+
+def test_maps_that_cannot_be_left_out_are_announced():
+    """This neck reads the two maps in the middle."""
+    cfg = load_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+    cfg.model.neck = {'type': 'FPN', 'in_channels': [256, 512, 1024, 2048], 'out_channels': 256, 'num_outs': 2}
+    cfg.model.neck.update(start_level=1, end_level=2)
+    after = plug(cfg)
+    assert after.find_unused_parameters
+    assert after.model.backbone.out_indices == (0, 1, 2, 3)
+
+
+# Strides
+
+
+def notes_of(cfg: Config) -> list[str]:
+    return plug_with_report(cfg)[1].notes
+
+
+def test_dilations_follow_the_stride():
+    """DeepLab's rates are 12, 24, 36 at stride 8 and 6, 12, 18 at stride 16."""
+    after, report = plug_with_report(
+        load_config('mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb4-80k_ade20k-512x512.py')
+    )
+    assert after.model.decode_head.dilations == (1, 3, 6, 9)
+    assert after.model.decode_head.c1_in_channels == 96
+    note = next(note for note in report.notes if note.startswith('decode_head'))
+    assert note == (
+        'decode_head (DepthwiseSeparableASPPHead) reads maps of stride 32, before 8; '
+        'dilations (1, 12, 24, 36) became (1, 3, 6, 9)'
+    )
+    assert PartStrides('decode_head', (8,), (32,)) in report.strides
+    assert PartStrides('backbone', (4, 8, 8, 8), (4, 8, 16, 32)) in report.strides
+
+
+@pytest.mark.parametrize(
+    'name, argument, value',
+    [
+        ('mmseg::isanet/isanet_r50-d8_4xb4-80k_ade20k-512x512.py', 'down_factor', (2, 2)),
+        ('mmseg::psanet/psanet_r50-d8_4xb4-80k_ade20k-512x512.py', 'mask_size', (17, 17)),
+    ],
+)
+def test_other_arguments_in_pixels_of_the_map_follow_the_stride(name, argument, value):
+    assert plug(load_config(name)).model.decode_head[argument] == value
+
+
+def test_defaults_in_pixels_of_the_map_follow_the_stride():
+    cfg = load_config('mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-80k_ade20k-512x512.py')
+    del cfg.model.decode_head['dilations']  # (1, 6, 12, 18) by default
+    assert plug(cfg).model.decode_head.dilations == (1, 2, 3, 5)
+
+
+def test_equal_strides_are_not_mentioned():
+    _, report = plug_with_report(load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'))
+    assert not report.notes
+    assert all(part.before == part.after for part in report.strides)
+    assert [part.part for part in report.strides] == ['backbone', 'neck']
+    assert report.strides[1].after == (4, 8, 16, 32, 64)
+
+
+@pytest.mark.parametrize(
+    'name, neck',
+    [
+        ('mmseg::vit/vit_deit-b16_mln_upernet_8xb2-160k_ade20k-512x512.py', 'MultiLevelNeck'),
+        ('mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py', 'Feature2Pyramid'),
+    ],
+)
+def test_necks_that_make_a_pyramid_for_a_plain_transformer_are_removed(name, neck):
+    """A Swin gives a pyramid; with the neck its strides would be 1, 4, 16, 64."""
+    before = load_config(name)
+    before.model.backbone.num_layers = 12
+    after, report = plug_with_report(before)
+    assert before.model.neck.type == neck and 'neck' not in after.model
+    assert f'neck ({neck}) removed: the backbone itself gives maps of strides 4, 8, 16, 32' in report.notes
+    assert list(after.model.decode_head.in_channels) == [96, 192, 384, 768]
+    assert all(part.before == part.after for part in report.strides if part.part.endswith('_head'))
+    build_model(after, after.model.decode_head)
+    expected = load_config('mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py')
+    heads = [without(cfg.model.decode_head, 'channels', 'num_classes') for cfg in (after, expected)]
+    assert heads[0] == heads[1]
+
+
+def test_strides_behind_the_neck_of_a_detector_must_stay():
+    """Its anchors have the strides written down."""
+    cfg = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    cfg.default_scope = 'mmdet'
+    cfg.model.backbone.strides = (1, 2, 2, 1)  # maps of strides 4, 8, 16, 16
+    with pytest.raises(InputError, match=r'ResNet gives maps of strides \[4, 8, 16, 16\], a Swin has'):
+        plug(cfg)
+
+
+# Schedules
+
+
+def rates(cfg: Config, iterations: int, epoch_length: int) -> list[float]:
+    """Return the learning rate of every iteration, from mmengine's own schedulers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
+    max_epochs = cfg.train_cfg.get('max_epochs', 1)
+    schedulers = []
+    for scheduler in cfg.param_scheduler:
+        end = max_epochs if scheduler.get('by_epoch', True) else iterations
+        defaults = {'optimizer': optimizer, 'epoch_length': epoch_length}
+        schedulers.append(PARAM_SCHEDULERS.build({'end': end, **scheduler}, default_args=defaults))
+    found = []
+    for i in range(iterations):
+        found.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or (i + 1) % epoch_length == 0:
+                scheduler.step()
+    return found
+
+
+SHORT = [  # (max_iters, warm-up of the config)
+    (120, 20),
+    (300, 50),
+    (300, None),
+    (40, None),
+    (19, None),  # too short for a warm-up
+    (1, None),
+]
+
+
+@pytest.mark.parametrize('iterations, warmup', SHORT)
+def test_short_runs_reach_the_learning_rate(iterations, warmup):
+    cfg = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    cfg.train_cfg.max_iters = iterations
+    begin = warmup or 0
+    poly = {'type': 'PolyLR', 'eta_min': 1e-4, 'power': 0.9, 'begin': begin, 'end': iterations, 'by_epoch': False}
+    own = {'type': 'LinearLR', 'start_factor': 0.1, 'by_epoch': False, 'begin': 0, 'end': warmup}
+    cfg.param_scheduler = [own, poly] if warmup else [poly]
+    after, report = plug_with_report(cfg)
+    if warmup:
+        assert after.param_scheduler[0] == own, 'the warm-up of the config stays'
+        assert not any('warm-up' in note for note in report.notes)
+    else:
+        length = iterations // 10
+        assert length < 2 or after.param_scheduler[0].end == length
+        assert length < 2 or f'param_scheduler: added a warm-up of {length} iterations' in report.notes
+    found = rates(after, iterations, epoch_length=iterations)
+    assert max(found) == pytest.approx(6e-5, rel=0.02)
+    assert found.index(max(found)) <= max(begin, iterations // 10)
+
+
+@pytest.mark.parametrize('epochs, epoch_length', [(12, 10), (300, 1), (36, 50), (4, 100), (1, 300)])
+def test_warm_up_of_runs_by_epoch(epochs, epoch_length):
+    cfg = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    cfg.train_cfg.max_epochs = epochs
+    cfg.param_scheduler = [{'type': 'MultiStepLR', 'milestones': [max(1, epochs - 1)], 'by_epoch': True}]
+    found = rates(plug(cfg), epochs * epoch_length, epoch_length)
+    assert max(found) == pytest.approx(1e-4)
+    assert found[0] == pytest.approx(1e-7)
+    assert found.index(max(found)) <= max(1, len(found) // 10)
+
+
+def test_long_runs_have_the_warm_up_of_the_recipe():
+    after = plug(load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py'))
+    assert after.param_scheduler[0] == {
+        'type': 'LinearLR', 'start_factor': 1e-6, 'by_epoch': False, 'begin': 0, 'end': 1500
+    }  # fmt: skip
+    assert after.param_scheduler[1].begin == 1500
+
+
+def test_linear_decay_is_no_warm_up():
+    cfg = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    decay = {'type': 'LinearLR', 'start_factor': 1.0, 'end_factor': 0.1, 'by_epoch': False, 'end': 80000}
+    cfg.param_scheduler = [decay]
+    assert [scheduler.end for scheduler in plug(cfg).param_scheduler] == [1500, 80000]
+
+
+def test_one_cycle_brings_its_own_warm_up():
+    cfg = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    cfg.param_scheduler = [{'type': 'OneCycleLR', 'eta_max': 0.02, 'total_steps': 80000, 'by_epoch': False}]
+    (cycle,) = plug(cfg).param_scheduler
+    assert cycle.eta_max == pytest.approx(0.02 * 6e-5 / 0.01)  # as high above the rate as before
+
+
+def test_schedules_that_cannot_be_built_are_refused():
+    cfg = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    cfg.param_scheduler[0].update(begin=500, end=400)
+    with pytest.raises(InputError, match='param_scheduler PolyLR cannot be built: end should be larger than begin'):
+        plug(cfg)
+
+
+# Settings of the old backbone
+
+
+def test_custom_keys_of_layers_that_are_gone_are_removed():
+    cfg = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    keys = {
+        'backbone.layer4': {'lr_mult': 0.1},  # of the ResNet
+        'downsample.1': {'decay_mult': 0.0},  # of the ResNet, without naming it
+        'backbone': {'lr_mult': 0.1},  # of both
+        'roi_head.mask_head': {'lr_mult': 2.0},
+        'nothing_at_all': {'lr_mult': 3.0},  # selected nothing before either: not ours to judge
+    }
+    cfg.optim_wrapper.paramwise_cfg = {'custom_keys': keys}
+    after, report = plug_with_report(cfg)
+    kept = after.optim_wrapper.paramwise_cfg.custom_keys
+    assert kept.keys() - NO_DECAY == {'backbone', 'roi_head.mask_head', 'nothing_at_all'}
+    assert kept['roi_head.mask_head'] == {'lr_mult': 2.0}
+    assert report.notes == [
+        'optim_wrapper: removed custom_keys of layers that the new model does not have: backbone.layer4, downsample.1'
+    ]
+
+
+def test_custom_keys_go_from_configs_that_keep_their_adamw():
+    before = load_config('mmseg::vit/vit_deit-b16_mln_upernet_8xb2-160k_ade20k-512x512.py')
+    keys = plug(before).optim_wrapper.paramwise_cfg.custom_keys
+    assert 'cls_token' in before.optim_wrapper.paramwise_cfg.custom_keys
+    assert keys.keys() == set(NO_DECAY)
+
+
+def test_bias_lr_mult_goes_with_sgd():
+    before = load_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
+    assert before.optim_wrapper.paramwise_cfg.bias_lr_mult == 2.0
+    after, report = plug_with_report(before)
+    assert 'bias_lr_mult' not in after.optim_wrapper.paramwise_cfg
+    assert 'optim_wrapper: removed bias_lr_mult, which is meant for SGD' in report.notes
+    before.optim_wrapper.optimizer = {'type': 'AdamW', 'lr': 1e-4}  # somebody chose it for AdamW
+    assert plug(before).optim_wrapper.paramwise_cfg.bias_lr_mult == 2.0
+
+
+def test_auto_scale_lr_gets_the_batch_of_the_learning_rate():
+    segmentor = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    assert 'auto_scale_lr' not in segmentor
+    assert plug(segmentor).auto_scale_lr == {'enable': False, 'base_batch_size': 16}
+    detector = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
+    detector.auto_scale_lr = {'enable': True, 'base_batch_size': 64}
+    assert plug(detector).auto_scale_lr == {'enable': True, 'base_batch_size': 16}
+    detector.optim_wrapper.optimizer = {'type': 'AdamW', 'lr': 3e-4}  # keeps its rate, and so its batch
+    assert plug(detector).auto_scale_lr == {'enable': True, 'base_batch_size': 64}
+
+
+def test_notes_are_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr('swin_mm.openmmlab.plug.print_log', lambda line, logger: lines.append(line))
+    cfg = load_config('mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py')
+    plug(cfg)
+    assert lines == [f'plug: {note}' for note in notes_of(cfg)]
+    assert 'plug: decode_head (FCNHead) reads maps of stride 32, before 8' in lines
 
 
 def test_necks_that_take_the_last_map_first_keep_their_order():
@@ -233,7 +495,7 @@ def test_necks_that_take_the_last_map_first_keep_their_order():
     assert neck.in_channels == [768, 384, 192]
 
 
-def test_weights_of_the_replaced_model_are_left_out():
+def test_weights_of_the_replaced_model_are_removed():
     before = load_config('mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes.py')
     assert before.load_from
     before.model.init_cfg = {'type': 'Pretrained', 'checkpoint': 'detector.pth'}
@@ -258,12 +520,12 @@ def test_nested_detectors_are_plugged():
         ('mmdet::rpn/rpn_r50-caffe-c4_1x_coco.py', 'RPN reads one map'),
         ('mmdet::ssd/ssd300_coco.py', 'SSDVGG is part of the method'),
         ('mmseg::icnet/icnet_r18-d8_4xb2-80k_cityscapes-832x832.py', 'ICNet is part of the method'),
-        ('mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py', 'neck'),
+        ('mmseg::setr/setr_vit-l-mla_8xb1-160k_ade20k-512x512.py', 'neck'),
         ('mmseg::mobilenet_v3/mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py', 'strides .2, 4, 8.'),
         ('mmseg::san/san-vit-b16_voc12aug-640x640.py', 'has no entry "backbone"'),
     ],
 )
-def test_what_no_swin_fits_is_refused(name, reason):
+def test_models_that_no_swin_fits_are_refused(name, reason):
     with pytest.raises(InputError, match=reason) as refused:
         plug(load_config(name))
     assert '\n' not in str(refused.value)
@@ -283,7 +545,7 @@ def test_written_config_is_small_and_reads_back_as_plugged(name, tmp_path):
     before = load_config(name)
     after = plug(before)
     write(before, after, tmp_path / 'sub.py')
-    assert Config.fromfile(tmp_path / 'sub.py').to_dict() == after.to_dict()
+    assert load_config(tmp_path / 'sub.py').to_dict() == after.to_dict()
     text = (tmp_path / 'sub.py').read_text()
     assert len(text.splitlines()) < len(after.pretty_text.splitlines()) / 3
     assert 'dataloader' not in text and 'test_cfg' not in text
@@ -298,9 +560,121 @@ def test_changes_are_shown_by_path():
     assert not any('dataloader' in line or 'bbox_head' in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    'library, folder', [('mmdet', 'atss/atss_r50_fpn_1x_coco'), ('mmseg', 'ann/ann_r50-d8_4xb4-80k_ade20k-512x512')]
+)
+def test_flat_config_stands_alone(library, folder, tmp_path):
+    """mmengine reads it in a process that has not imported swin_mm, as the tools of mmdet and mmseg do."""
+    before = load_config(f'{library}::{folder}.py')
+    after = plug(before)
+    write(before, after, tmp_path / 'flat.py', flat=True)
+    assert '_base_ = ' not in (tmp_path / 'flat.py').read_text()
+    code = (
+        'import sys\nfrom mmengine.config import Config\nfrom mmengine.registry import MODELS\n'
+        'cfg = Config.fromfile("flat.py")\n'
+        'assert "swin_mm" in sys.modules\n'
+        f'from {library}.utils import register_all_modules\nregister_all_modules()\n'
+        'cfg.model.backbone.init_cfg = None\n'
+        'print(type(MODELS.build(cfg.model).backbone).__module__)\n'
+    )
+    environment = {'PYTHONPATH': str(ROOT), 'PATH': ''}
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip().splitlines()[-1:] == ['swin_mm.openmmlab.backbone'], done.stderr
+    assert Config.fromfile(tmp_path / 'flat.py').to_dict() == after.to_dict()
+
+
+def test_missing_folders_are_made(tmp_path):
+    before = load_config('mmdet::atss/atss_r50_fpn_1x_coco.py')
+    write(before, plug(before), tmp_path / 'a/b/new.py')
+    assert load_config(tmp_path / 'a/b/new.py').model.backbone.type == 'swin_mm.SwinTransformer'
+
+
+# Pure Python style
+
+PURE_PYTHON = """
+from mmdet.models import FPN, DetDataPreprocessor, ResNet, RetinaHead, RetinaNet
+from mmdet.models.losses import FocalLoss, L1Loss
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
+from mmengine.optim import OptimWrapper
+from mmengine.optim.scheduler import LinearLR, MultiStepLR
+from mmengine.runner import EpochBasedTrainLoop
+from torch.optim import SGD
+
+model = dict(
+    type=RetinaNet,
+    data_preprocessor=dict(type=DetDataPreprocessor, mean=[103.5, 116.3, 123.7], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
+    backbone=dict(type=ResNet, depth=50, out_indices=(0, 1, 2, 3)),
+    neck=dict(type=FPN, in_channels=[256, 512, 1024, 2048], out_channels=256, start_level=1, num_outs=5),
+    bbox_head=dict(
+        type=RetinaHead,
+        num_classes=80,
+        in_channels=256,
+        anchor_generator=dict(
+            type=AnchorGenerator, octave_base_scale=4, scales_per_octave=3, ratios=[1.0], strides=[8, 16, 32, 64, 128]
+        ),
+        bbox_coder=dict(type=DeltaXYWHBBoxCoder),
+        loss_cls=dict(type=FocalLoss, use_sigmoid=True),
+        loss_bbox=dict(type=L1Loss),
+    ),
+    train_cfg=dict(
+        assigner=dict(type=MaxIoUAssigner, pos_iou_thr=0.5, neg_iou_thr=0.4), sampler=dict(type=PseudoSampler)
+    ),
+)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.01, momentum=0.9))
+param_scheduler = [
+    dict(type=LinearLR, start_factor=0.001, by_epoch=False, begin=0, end=20),
+    dict(type=MultiStepLR, begin=0, end=12, by_epoch=True, milestones=[8, 11]),
+]
+train_cfg = dict(type=EpochBasedTrainLoop, max_epochs=12)
+"""
+
+
+@pytest.fixture
+def pure_python(tmp_path) -> Path:
+    (tmp_path / 'sub').mkdir()
+    (tmp_path / 'sub/retinanet.py').write_text(PURE_PYTHON)
+    return tmp_path / 'sub/retinanet.py'
+
+
+@pytest.mark.parametrize('out', ['sub/new.py', 'new.py', 'other/deep/new.py'])
+def test_pure_python_configs_are_plugged_and_written_in_their_style(pure_python, out, tmp_path):
+    before = load_config(pure_python)
+    after = plug(before)
+    assert after.model.backbone.type == 'swin_mm.SwinTransformer'
+    assert after.model.neck.in_channels == [192, 384, 768]
+    assert after.optim_wrapper.optimizer.type == 'AdamW' and after.param_scheduler[0].end == 20
+    assert '+ model.neck.start_level = 0' in show(before, after)
+
+    write(before, after, tmp_path / out)
+    text = (tmp_path / out).read_text()
+    assert 'from swin_mm import SwinTransformer\n' in text and 'type=SwinTransformer' in text
+    assert 'with read_base():\n    from .' in text and 'FocalLoss' not in text
+    written = load_config(tmp_path / out)
+    assert is_pure_python(written) and with_type_names(written).to_dict() == after.to_dict()
+    assert plug(written).to_dict() == after.to_dict()
+    written.model.backbone.init_cfg = None
+    model = MODELS.build(written.model)
+    assert (type(model).__name__, type(model.backbone).__module__) == ('RetinaNet', 'swin_mm.openmmlab.backbone')
+
+
+def test_flat_config_of_a_pure_python_config(pure_python, tmp_path):
+    before = load_config(pure_python)
+    after = plug(before)
+    write(before, after, tmp_path / 'flat.py', flat=True)
+    assert Config.fromfile(tmp_path / 'flat.py').to_dict() == after.to_dict()
+
+
+def test_pure_python_config_that_cannot_be_imported_is_written_flat(pure_python, tmp_path):
+    path = pure_python.rename(pure_python.with_name('retina-net.py'))
+    before = load_config(path)
+    with pytest.raises(InputError, match=r'cannot be imported as a module.*with --flat'):
+        write(before, plug(before), tmp_path / 'new.py')
+    assert not (tmp_path / 'new.py').exists()
+
+
 def table() -> list[tuple[str, str]]:
-    """(config, outcome) of every row in the documentation."""
-    return re.findall(r'^\| \S+ \| `(\w+::\S+)` \| (.+) \|$', TABLE.read_text(), re.MULTILINE)
+    """Return (config, last column) of every row in the documentation."""
+    return re.findall(r'^\| \S+ \| `(\w+::\S+)` \| .* \| ([^|]+) \|$', TABLE.read_text(), re.MULTILINE)
 
 
 QUICK = ('mmdet::atss/', 'mmdet::conditional_detr/', 'mmseg::fcn/')
@@ -312,6 +686,7 @@ QUICK = ('mmdet::atss/', 'mmdet::conditional_detr/', 'mmseg::fcn/')
     ids=lambda v: v.partition('/')[0],
 )
 def test_table_of_the_documentation_is_true(name, outcome, data):
+    """Plugged with Swin-T, every config of the table trains and predicts, or is refused with the reason given."""
     cfg = load_config(name)
     if outcome.startswith('refused: '):
         with pytest.raises(InputError, match=re.escape(outcome.removeprefix('refused: '))):
@@ -321,7 +696,7 @@ def test_table_of_the_documentation_is_true(name, outcome, data):
 
 
 def make_batch(scope: str, classes: int, data: Path, count: int = 2) -> dict:
-    """Small real images with their annotations, or tiny ones, as the library's dataloaders give them."""
+    """Return a batch of small real images with annotations, or of tiny ones without SWIN_MM_DATA."""
     real = 'SWIN_MM_DATA' in os.environ
     if scope == 'mmdet':
         from mmdet.datasets import CocoDataset
@@ -374,7 +749,7 @@ def make_batch(scope: str, classes: int, data: Path, count: int = 2) -> dict:
 
 
 def train_and_predict(cfg: Config, data: Path) -> None:
-    """One training step, which must move the whole backbone, and one prediction."""
+    """Run one training step, which must change the whole backbone, and one prediction."""
     scope = cfg.default_scope
     model_cfg = cfg.model
     for owner in [model_cfg, *(n for n in model_cfg.values() if isinstance(n, dict))]:
@@ -390,7 +765,7 @@ def train_and_predict(cfg: Config, data: Path) -> None:
     classes += [int(n) for n in re.findall(r"'num_things_classes': (\d+)", str(model_cfg.to_dict()))]
     batch = make_batch(scope, min(classes, default=80), data)
     with DefaultScope.overwrite_default_scope(scope):
-        MessageHub.get_current_instance().update_info('iter', 0)  # some losses warm up by it
+        MessageHub.get_current_instance().update_info('iter', 0)  # some losses depend on the iteration
         model = revert_sync_batchnorm(MODELS.build(model_cfg))
         model.init_weights()
         wrapper = cfg.optim_wrapper
@@ -402,7 +777,7 @@ def train_and_predict(cfg: Config, data: Path) -> None:
         losses = model.train_step(batch, optimizer)
         assert losses and all(torch.isfinite(value).all() for value in losses.values()), losses
         still = [name for name, p in model.backbone.named_parameters() if torch.equal(p, before[name])]
-        # Training on several GPUs stops at a parameter without gradient unless it is announced.
+        # Distributed training fails at a parameter without gradient unless find_unused_parameters is set.
         assert not still or cfg.get('find_unused_parameters'), still
         assert all(name.startswith('norm') for name in still), still
         model.eval()
@@ -416,7 +791,7 @@ def train_and_predict(cfg: Config, data: Path) -> None:
                 assert 'pred_instances' in result or 'pred_panoptic_seg' in result
 
 
-def test_nothing_is_left_behind_where_writing_fails(tmp_path, monkeypatch):
+def test_failed_writing_leaves_nothing_behind(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, 'No space left on device')
 

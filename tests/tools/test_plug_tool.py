@@ -1,4 +1,4 @@
-"""tools/plug.py and tools/train.py --plug: what they write, and what they refuse."""
+"""tools/plug.py and tools/train.py --plug: output, options, bad input."""
 
 import pytest
 from mmengine.config import Config
@@ -40,6 +40,23 @@ def test_writes_what_it_shows(tool, monkeypatch, tmp_path, capsys):
     assert backbone.init_cfg.checkpoint == 'mine.pth'
 
 
+def test_notes_are_printed(tool, monkeypatch, capsys):
+    assert call(tool, monkeypatch, 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-80k_ade20k-512x512.py') == 0
+    lines = capsys.readouterr().out.splitlines()
+    note = (
+        'check: decode_head (ASPPHead) reads maps of stride 32, before 8; dilations (1, 12, 24, 36) became (1, 3, 6, 9)'
+    )
+    assert note in lines
+    assert '+ model.decode_head.dilations = (1, 3, 6, 9)' in lines
+
+
+def test_flat_output_in_a_new_folder(tool, monkeypatch, tmp_path):
+    out = tmp_path / 'new/folder/out.py'
+    assert call(tool, monkeypatch, STOCK, '--out', out, '--flat') == 0
+    assert '_base_ = ' not in out.read_text()
+    assert Config.fromfile(out).model.backbone.out_indices == (1, 2, 3)
+
+
 def test_replaces_a_file_only_by_force(tool, monkeypatch, refuse, tmp_path):
     out = tmp_path / 'out.py'
     out.write_text('precious = 1')
@@ -55,14 +72,15 @@ def test_replaces_a_file_only_by_force(tool, monkeypatch, refuse, tmp_path):
         (['nowhere.py'], 'config nowhere.py does not exist'),
         (['mmdet::nowhere.py'], 'config mmdet::nowhere.py cannot be read'),
         (['mmdet::ssd/ssd300_coco.py', '--out', 'out.py'], 'cannot be plugged: SSDVGG is part of the method'),
-        ([STOCK, '--out', 'missing/out.py'], 'missing/out.py cannot be written: No such file or directory'),
+        ([STOCK, '--out', '/proc/missing/out.py'], '/proc/missing/out.py cannot be written: No such file or directory'),
+        ([STOCK, '--flat'], '--flat is a way of writing; name the file with --out'),
     ],
 )
 def test_refuses(refuse, arguments, message):
     assert message in refuse('plug', *arguments)
 
 
-def test_train_plugs_in_one_go(data, tmp_path):
+def test_train_plugs_and_trains(data, tmp_path):
     pytest.importorskip('mmseg')
     (tmp_path / 'fcn.py').write_text(FCN.format(data=data, classes=CLASSES))
     options = ['--plug', 't', '--work-dir', 'run', '--cfg-options', 'model.backbone.init_cfg=None']

@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN as Swin's authors trained it; a leaf says which Swin.
+# Cascade Mask R-CNN with the recipe of Swin; leaves set the backbone.
 _base_ = ['mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py', '../schedules/swin_coco.py']
 custom_imports = dict(imports=['swin_mm'])
 head = dict(

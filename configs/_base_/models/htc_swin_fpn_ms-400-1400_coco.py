@@ -1,4 +1,4 @@
-# HTC with what mmdet has of HTC++: multi-scale training and soft NMS; a leaf says which Swin and for how long.
+# HTC with multi-scale training and soft NMS of HTC++; leaves set the backbone and the number of epochs.
 _base_ = ['mmdet::htc/htc_r50_fpn_1x_coco.py', '../schedules/swin_coco.py']
 custom_imports = dict(imports=['swin_mm'])
 model = dict(test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms'))))

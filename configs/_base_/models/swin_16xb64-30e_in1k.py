@@ -1,4 +1,4 @@
-# Fine-tuning on ImageNet-1k after ImageNet-22k, as Swin's authors did; a leaf says which Swin.
+# Fine-tuning on ImageNet-1k after ImageNet-22k with the recipe of Swin; leaves set the backbone.
 _base_ = 'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py'
 custom_imports = dict(imports=['swin_mm'])
 lr = 2e-5 * 1024 / 512

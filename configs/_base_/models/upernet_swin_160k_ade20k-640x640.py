@@ -1,4 +1,4 @@
-# UPerNet at 640 x 640; a leaf says which Swin.
+# UPerNet at 640 x 640; leaves set the backbone.
 _base_ = [
     'mmseg::_base_/models/upernet_swin.py',
     'mmseg::_base_/datasets/ade20k_640x640.py',

@@ -1,4 +1,4 @@
-# UPerNet on Cityscapes with the recipe of ADE20K, for 80k iterations as other backbones have; a leaf says which Swin.
+# UPerNet on Cityscapes with the ADE20K recipe, for 80k iterations; leaves set the backbone.
 _base_ = [
     'mmseg::_base_/models/upernet_swin.py',
     'mmseg::_base_/datasets/cityscapes.py',

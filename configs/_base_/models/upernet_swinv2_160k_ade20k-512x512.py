@@ -1,4 +1,4 @@
-# UPerNet as Swin V2's authors trained it; a leaf says which Swin.
+# UPerNet with the recipe of Swin V2; leaves set the backbone.
 _base_ = 'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py'
 custom_imports = dict(imports=['swin_mm'])
 optim_wrapper = dict(

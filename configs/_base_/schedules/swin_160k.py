@@ -1,4 +1,4 @@
-# How Swin was trained on ADE20K.
+# Optimizer and schedule of Swin on ADE20K.
 _base_ = ['mmseg::_base_/schedules/schedule_160k.py', 'no_decay.py']
 optim_wrapper = dict(
     _delete_=True,

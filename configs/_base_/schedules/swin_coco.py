@@ -1,4 +1,4 @@
-# How Swin was trained on COCO: optimizer, schedules and multi-scale augmentation, for leaves to take by name.
+# Optimizer, schedules and multi-scale augmentation of Swin on COCO; leaves pick what they need by name.
 _base_ = 'no_decay.py'
 adamw = dict(
     type='OptimWrapper',

@@ -1,4 +1,4 @@
-# Weights, gradients and optimizer state are shared out over the GPUs, block by block; one file per checkpoint.
+# FSDP: shards weights, gradients and optimizer state over the GPUs, block by block; each checkpoint is one file.
 runner_type = 'FlexibleRunner'
 strategy = dict(
     type='swin_mm.engine.fsdp.FSDPStrategy',

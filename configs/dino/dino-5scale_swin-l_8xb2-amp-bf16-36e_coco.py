@@ -1,2 +1,0 @@
-_base_ = './dino-5scale_swin-l_8xb2-36e_coco.py'
-optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)

@@ -1,2 +1,0 @@
-_base_ = './htc_swin-b-p4-w7_in22k_fpn_ms-400-1400-6x_coco.py'
-optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)

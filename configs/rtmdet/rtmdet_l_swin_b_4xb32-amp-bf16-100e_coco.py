@@ -1,2 +1,0 @@
-_base_ = './rtmdet_l_swin_b_4xb32-100e_coco.py'
-optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16', loss_scale=1.0)
