@@ -20,6 +20,7 @@ from support.reference_models import FOLDER
 from support.tool_fixtures import ROOT
 
 import swin_mm
+from swin_mm.analysis import complexity
 from swin_mm.checkpoints.namings import MMDET
 from swin_mm.models.swin import ARCHS
 from swin_mm.ops.windows import padded_size
@@ -55,10 +56,6 @@ def leaves(pattern: str, but: str = '$^') -> list:
 
 
 OFFICIAL = 'https://github.com/SwinTransformer/storage/releases/download/'
-
-spec = importlib.util.spec_from_file_location('model_info', ROOT / 'tools/model_info.py')
-model_info = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(model_info)
 
 # Stock configs that ours stand for under another name.
 RENAMED = {
@@ -195,7 +192,7 @@ def learning(name: str) -> dict[str, tuple[float, float]]:
     config = load(name)
     # mmdet's Swin asks for the numbers of a linspace, which the device meta does not have.
     with mock.patch('torch.linspace', functools.partial(torch.linspace, device='cpu')):
-        model = model_info.build(config)
+        model = complexity.build(config)
     options = config.optim_wrapper.to_dict() | dict(type='OptimWrapper')
     for name in ('dtype', 'loss_scale'):
         options.pop(name, None)
@@ -349,7 +346,7 @@ def test_leaves_are_short(ours):
 @pytest.mark.parametrize('ours', leaves('', but='classification|[_-]amp-'))
 def test_leaves_build_and_their_parts_fit(ours):
     config = load(ours)
-    model = model_info.build(config)
+    model = complexity.build(config)
     row = re.search(
         rf'^\|.*\({re.escape(Path(ours).name)}\).*', (CONFIGS / ours).with_name('README.md').read_text(), re.M
     )
@@ -401,9 +398,9 @@ def projections_of_padding(backbone, width, height):
 @pytest.mark.parametrize('ours, width, height, parameters, gmac', SIZES)
 def test_models_have_the_published_size(ours, width, height, parameters, gmac):
     config = load(ours)
-    assert sum(p.numel() for p in model_info.build(config).parameters()) == parameters
-    macs = sum(model_info.macs(config, width, height).values())
-    macs += projections_of_padding(model_info.build(config).backbone, width, height)
+    assert sum(p.numel() for p in complexity.build(config).parameters()) == parameters
+    macs = sum(complexity.multiply_adds(config, width, height).values())
+    macs += projections_of_padding(complexity.build(config).backbone, width, height)
     assert macs / 1e9 == pytest.approx(gmac, rel=0.003)
 
 
@@ -416,7 +413,7 @@ def test_v2_models_differ_from_v1_by_the_backbone(method, name):
     backbones['l'] = 195_205_620 - 194_998_164
     v1 = next(row for row in SIZES if row[0].startswith(method) and f'swin-{arch}-' in row[0])
     leaf = next(leaf for leaf in LEAVES if leaf.startswith(f'{method}_{name}'))
-    assert sum(p.numel() for p in model_info.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
+    assert sum(p.numel() for p in complexity.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
 
 
 def test_configs_are_found_by_library_name(tmp_path):
@@ -429,7 +426,7 @@ def test_configs_are_found_by_library_name(tmp_path):
 def test_a_local_file_takes_the_place_of_the_address():
     config = Config.fromfile(CONFIGS / 'mask_rcnn/mask-rcnn_swin-s-p4-w7_fpn_1x_coco.py')
     config.merge_from_dict({'model.backbone.init_cfg.checkpoint': 'swin_small.pth'})
-    assert model_info.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}
+    assert complexity.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}
 
 
 @needs_mmpretrain
