@@ -256,7 +256,11 @@ def run(model: nn.Module, image: Tensor) -> None:
     elif not hasattr(model, 'roi_head'):
         from mmdet.structures import DetDataSample
 
-        model(image, [DetDataSample(metainfo=meta)], mode='tensor')
+        samples = [DetDataSample(metainfo=meta)]
+        if hasattr(model, 'panoptic_head'):  # the detector calls its forward directly, without hooks
+            model.panoptic_head(model.extract_feat(image), samples)
+        else:
+            model(image, samples, mode='tensor')
     else:
         _run_two_stages(model, image)
 
