@@ -35,6 +35,7 @@ class Report:
         unexpected: what the file's backbone has and the model does not; the file's keys.
         wrong_shape: the file's key -> both shapes.
         notes: what to mind.
+        problem: why the checkpoint does not give the whole backbone, and what to do; empty if it does.
     """
 
     naming: str
@@ -49,6 +50,7 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     wrong_shape: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    problem: str = ''
 
     @property
     def complete(self) -> bool:
@@ -134,11 +136,30 @@ def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> 
     for name in [name for name in own if name not in ours and name not in misfits]:
         (report.new if re.fullmatch(OUTPUT_NORMS, name) and not has_norms else report.missing).append(name)
     report.notes = _notes(contents, model)
+    if not report.complete:
+        report.problem = _reason_against(report, contents, model)
     if (strict and not report.complete) or not report.loaded:
-        raise CheckpointError(_reason_against(report, contents, model))
+        raise CheckpointError(report.problem)
     if strict:  # else whoever asked is told of them
         ours |= {name: own[name] for name in report.new}
     return ours, report
+
+
+def nothing_loaded(model: SwinPyramid, prefix: str = '') -> Report:
+    """The account of a checkpoint that has no keys for a model.
+
+    Args:
+        model: the pyramid, all of whose parameters are missing.
+        prefix: what its keys would begin with.
+    """
+    report = Report('unknown', prefix, missing=list(model.state_dict()))
+    report.problem = (
+        f'no key of the checkpoint begins with {prefix!r}; if it holds a backbone alone, name it in the init_cfg of '
+        'the backbone instead of loading it into the whole model; if its keys begin otherwise, rename them'
+        if prefix
+        else 'the checkpoint is empty'
+    )
+    return report
 
 
 def _parse(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Contents:

@@ -16,6 +16,7 @@ from torch import nn
 
 from swin_mm.checkpoints import CheckpointError, Report, adapt, read_checkpoint, unwrap
 from swin_mm.checkpoints.files import FETCHERS
+from swin_mm.checkpoints.loading import nothing_loaded
 from swin_mm.checkpoints.pickles import ALLOWED
 from swin_mm.models.swin import ARCHS, SwinPyramid, SwinPyramidV2
 from swin_mm.openmmlab.registry import MODELS
@@ -136,13 +137,15 @@ class _Backbone:
                     'name weights of a backbone alone in its init_cfg instead of loading them into the whole model, '
                     'and take off what else the keys begin with'
                 )
+            self.load_report = nothing_loaded(self, prefix)
             return super()._load_from_state_dict(state_dict, prefix, *rest)
         ours, self.load_report = adapt({key.removeprefix(prefix): value for key, value in theirs.items()}, self, strict)
         for key in theirs:
             del state_dict[key]
         state_dict.update({prefix + key: value for key, value in ours.items()})
-        level = logging.INFO if self.load_report.complete and not self.load_report.notes else logging.WARNING
-        print_log(str(self.load_report), logger='current', level=level)
+        if not self.patch_embed.proj.weight.is_meta:  # there only shapes are checked, see require_complete
+            level = logging.INFO if self.load_report.complete and not self.load_report.notes else logging.WARNING
+            print_log(str(self.load_report), logger='current', level=level)
         return super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

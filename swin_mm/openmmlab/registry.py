@@ -4,10 +4,12 @@ import importlib.util
 from importlib.metadata import PackageNotFoundError, distribution
 
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_CONSTRUCTORS
 from mmengine.registry import Registry
 
+HOOKS = Registry('hook', parent=ROOT_HOOKS, scope='swin_mm', locations=['swin_mm.openmmlab.loading'])
 MODELS = Registry('model', parent=ROOT_MODELS, scope='swin_mm', locations=['swin_mm.openmmlab.backbone'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim wrapper constructor', parent=ROOT_CONSTRUCTORS, scope='swin_mm', locations=['swin_mm.openmmlab.layer_decay']
