@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 
 from swin_mm import cli
-from swin_mm.analysis.prediction import DTYPES, compute_in
+from swin_mm.analysis.prediction import DTYPES, set_autocast
 from swin_mm.checkpoints import read_checkpoint
 from swin_mm.engine.runner import build_runner, use_safe_reader
 from swin_mm.engine.tta import apply_tta
@@ -42,7 +42,7 @@ def main(args: Namespace) -> None:
         save_predictions(cfg, args.out)
     runner = build_runner(cfg)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    compute_in(args.dtype, model.module if args.tta else model)
+    set_autocast(args.dtype, model.module if args.tta else model)
     runner.test()
 
 

@@ -22,7 +22,7 @@ from mmengine.config import Config
 from torch import Tensor
 
 from swin_mm.analysis.figures import figure
-from swin_mm.analysis.images import displayable, preprocessor_settings, read_image, test_pipeline
+from swin_mm.analysis.images import displayable, image_reader, preprocessor_settings, test_pipeline
 from swin_mm.models.swin import SwinBlock, SwinPyramid
 from swin_mm.openmmlab.config import build_model
 from swin_mm.ops.attention import reference
@@ -136,7 +136,7 @@ def prepare_image(cfg: Config, path: str, size: tuple[int, int] | None) -> tuple
         The scaled image as (H, W, 3) RGB uint8, as the backbone's input (1, channels, H, W), and the file's
         (width, height).
     """
-    image = read_image(cfg, path)
+    image = image_reader(cfg)(path)
     file_size = image.shape[1], image.shape[0]
     if size := size or test_scale(cfg):
         image = mmcv.imrescale(image, size)

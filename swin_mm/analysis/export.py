@@ -29,7 +29,7 @@ from swin_mm.utils.files import atomic_write
 
 SUFFIXES = {'torch.export': '.pt2', 'onnx': '.onnx', 'torchscript': '.pt', 'safetensors': '.safetensors'}
 PARTS = ('backbone', 'model')
-# (batch, height, width) to compare at: multiples of windows, of patches, of neither, a single window, both orientations.
+# (batch, height, width) to compare at: multiples of windows, of patches, of neither, one window, both orientations.
 SIZES = ((1, 224, 224), (2, 256, 192), (1, 97, 131), (3, 28, 28), (2, 333, 250), (1, 800, 1333))
 TOLERANCE = 1e-4  # largest difference over largest magnitude of an output
 OPSET, OPSETS = 20, range(18, 24)  # default; those that both PyTorch's exporter and onnxruntime support
@@ -187,8 +187,8 @@ def export(
         The comparison, one entry per batch of images and output; empty for safetensors.
 
     Raises:
-        InputError: arguments do not fit together, the checkpoint belongs to another model, the format cannot take the
-            model, or the file cannot be written.
+        InputError: arguments do not fit together, the format cannot take the model, or the file cannot be written.
+        CheckpointError: the checkpoint cannot be read, or does not cover the model.
         ExportDiffersError: the file does not agree with PyTorch.
     """
     check_arguments(to, out, size, opset, force)
@@ -227,8 +227,8 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
     """Build the model or its backbone with weights, in evaluation mode.
 
     Raises:
-        InputError: the config has no such model, or the checkpoint belongs to another one.
-        CheckpointError: the checkpoint cannot be read.
+        InputError: the config has no such model.
+        CheckpointError: the checkpoint cannot be read, or does not cover the model.
     """
     content = read_checkpoint(checkpoint)
     if 'backbone' not in cfg.get('model', ()):
@@ -236,7 +236,7 @@ def build(cfg: Config, checkpoint: str, part: str) -> nn.Module:
     for option in RUN_OPTIONS:
         cfg.model.backbone.pop(option, None)
     model = build_model(cfg, cfg.model.backbone if part == 'backbone' else cfg.model)
-    load_all_weights(model, content, checkpoint, cfg.filename, prefix='backbone.' if part == 'backbone' else '')
+    load_all_weights(model, content, checkpoint, prefix='backbone.' if part == 'backbone' else '')
     model.eval()  # returns None in some libraries
     return model
 
@@ -288,9 +288,9 @@ def write_graph(exportable: Exportable, image: Tensor, least: int | None, file: 
     """Write a torch.export file and load it again."""
     program = to_graph(exportable, image, least)
     program.example_inputs = None
-    with io.BytesIO() as buffer:  # PyTorch's own writer reports a full disk as a RuntimeError
-        torch.export.save(program, buffer)
-        file.write_bytes(buffer.getbuffer())
+    buffer = io.BytesIO()  # PyTorch's own writer reports a full disk as a RuntimeError
+    torch.export.save(program, buffer)
+    file.write_bytes(buffer.getvalue())
     return torch.export.load(file).module()
 
 
@@ -321,9 +321,9 @@ def write_onnx(exportable: Exportable, image: Tensor, least: int | None, file: P
 
 def write_torchscript(exportable: Exportable, image: Tensor, least: int | None, file: Path, opset: int | None) -> Run:
     """Write a TorchScript file of one size and load it again."""
-    with io.BytesIO() as buffer:
-        torch.jit.save(torch.jit.trace(exportable, image, check_trace=False), buffer)
-        file.write_bytes(buffer.getbuffer())
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(exportable, image, check_trace=False), buffer)
+    file.write_bytes(buffer.getvalue())
     return torch.jit.load(str(file))
 
 

@@ -1,6 +1,7 @@
 """Reading images as a config's test pipeline does, and showing them whatever their depth and number of channels."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import mmcv
@@ -18,28 +19,30 @@ def test_pipeline(cfg: Config) -> list[dict]:
     return list(test_dataset(cfg).get('pipeline', ())) if cfg.get('test_dataloader') else []
 
 
-def read_image(cfg: Config, path: str) -> np.ndarray:
-    """Read an image with the ``LoadImageFromFile`` step of the test pipeline, or as 8-bit BGR if there is none.
+def image_reader(cfg: Config) -> Callable[[str], np.ndarray]:
+    """A function that reads image files as the ``LoadImageFromFile`` step of the test pipeline does.
 
-    Returns:
-        (H, W, channels) in the file's depth if the step says so (``color_type='unchanged'``); colours in the order BGR.
-
-    Raises:
-        InputError: the file is missing, damaged or not an image.
+    Without such a step images are read as 8-bit BGR. The result is (H, W, channels), in the depth and with the channels
+    of the file if the step has ``color_type='unchanged'``; colours are in the order BGR. Missing, damaged and unknown
+    files raise InputError.
     """
-    loader = next((s for s in test_pipeline(cfg) if str(s['type']).endswith('LoadImageFromFile')), None)
-    try:
-        require_intact(path)
-        if loader is None:
-            image = mmcv.imread(path)
-        else:
-            init_default_scope(cfg.get('default_scope') or 'mmengine')
-            image = TRANSFORMS.build(dict(loader))({'img_path': path})['img']
-    except Exception as error:  # decoders raise many kinds
-        raise InputError(f'image {path} cannot be read: {one_line(error)}') from error
-    if image is None:
-        raise InputError(f'image {path} cannot be decoded: expected a JPEG, PNG or TIFF file')
-    return image if image.ndim == 3 else image[..., None]
+    step = next((s for s in test_pipeline(cfg) if str(s['type']).endswith('LoadImageFromFile')), None)
+    loader = None
+    if step is not None:
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
+        loader = TRANSFORMS.build(dict(step))
+
+    def read(path: str) -> np.ndarray:
+        try:
+            require_intact(path)
+            image = loader({'img_path': path})['img'] if loader else mmcv.imread(path)
+        except Exception as error:  # decoders raise many kinds
+            raise InputError(f'image {path} cannot be read: {one_line(error)}') from error
+        if image is None:
+            raise InputError(f'image {path} cannot be decoded: expected a JPEG, PNG or TIFF file')
+        return image if image.ndim == 3 else image[..., None]
+
+    return read
 
 
 def require_intact(path: str) -> None:

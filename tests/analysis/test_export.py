@@ -46,7 +46,7 @@ def make(folder, model=None, **options):
 
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch):
-    monkeypatch.setattr('SIZES', ((1, 40, 61), (2, 28, 28)))
+    monkeypatch.setattr(export, 'SIZES', ((1, 40, 61), (2, 28, 28)))
 
 
 def run(config, checkpoint, to, out, **options):
