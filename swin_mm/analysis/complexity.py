@@ -88,7 +88,9 @@ def split_into_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     for name, child in model.named_children():
         if isinstance(child, SwinPyramid):
             parts[f'{name}.patch_embed'] = [child.patch_embed]
-            parts |= {f'{name}.layers.{i}': [stage] for i, stage in enumerate(child.layers)}
+            for i, stage in enumerate(child.layers):
+                # The pyramid calls the merging, not the stage that it is a child of.
+                parts[f'{name}.layers.{i}'] = [stage] if stage.downsample is None else [stage, stage.downsample]
             parts[f'{name}.norm*'] = [getattr(child, f'norm{i}') for i in child.out_indices]
         elif name == 'roi_head':
             parts |= {f'{name}.{part}': [module] for part, module in child.named_children()}
@@ -113,8 +115,9 @@ def count_parameters(model: nn.Module) -> Counter[str]:
 def attribute(model: nn.Module, meter: Callable[[], int]) -> Iterator[Counter[str]]:
     """Attribute the growth of a meter to the part of the model that is running, or to ``ELSEWHERE``.
 
-    Hooks are on every module inside a part, since mmseg calls the ``forward`` of its heads directly: what such a
-    head computes outside its submodules goes to ``ELSEWHERE``.
+    Outside of Swin, hooks are on every module inside a part, since mmseg calls the ``forward`` of its heads directly:
+    what such a head computes outside its submodules goes to ``ELSEWHERE``. Inside, they are on the parts alone, since
+    attention with hooks on its projections pads before it projects.
 
     Args:
         model: its parts are those of :func:`split_into_parts`.
@@ -138,8 +141,9 @@ def attribute(model: nn.Module, meter: Callable[[], int]) -> Iterator[Counter[st
         if not depth[name]:
             counts[name] += meter() - entered[name]
 
+    inside_swin = {m for pyramid in model.modules() if isinstance(pyramid, SwinPyramid) for m in pyramid.modules()}
     for name, modules in split_into_parts(model).items():
-        for module in {m for part in modules for m in part.modules()}:
+        for module in {m for part in modules for m in part.modules() if m in modules or m not in inside_swin}:
             hooks.append(module.register_forward_pre_hook(lambda *_, name=name: enter(name)))
             hooks.append(module.register_forward_hook(lambda *_, name=name: leave(name)))
     start = meter()
