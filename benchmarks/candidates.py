@@ -93,10 +93,24 @@ TWINS = ('mmdet', 'stock', 'ours')  # get the same weights and are compared
 
 
 def held_tensors(model: nn.Module) -> list[Tensor]:
-    """Every tensor that the modules of a model hold: parameters, buffers and plain attributes."""
-    attributes = (value for module in model.modules() for value in vars(module).values())
-    found = itertools.chain(model.parameters(), model.buffers(), attributes)
-    return list({id(value): value for value in found if isinstance(value, Tensor)}.values())
+    """Every tensor that a model holds: parameters, buffers and plain attributes, which optimized models have."""
+    found: dict[int, Tensor] = {}
+    waiting: list[object] = [model]
+    seen = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, nn.Module):
+            waiting += vars(value).values()
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return list(found.values())
 
 
 def whole_model(kind: str, case: Case, device: str, quick: bool) -> tuple[nn.Module, dict]:

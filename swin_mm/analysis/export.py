@@ -33,7 +33,7 @@ PARTS = ('backbone', 'model')
 SIZES = ((1, 224, 224), (2, 256, 192), (1, 97, 131), (3, 28, 28), (2, 333, 250), (1, 800, 1333))
 TOLERANCE = 1e-4  # largest difference over largest magnitude of an output
 OPSET, OPSETS = 20, range(18, 24)  # default; those that both PyTorch's exporter and onnxruntime support
-RUN_OPTIONS = ('compile', 'cuda_graphs', 'attention')  # arguments of the backbone that do not concern a file
+RUN_OPTIONS = ('compile', 'attention')  # arguments of the backbone that do not concern a file
 Run = Callable[[Tensor], Iterable[Tensor]]
 
 

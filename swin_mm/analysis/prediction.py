@@ -32,6 +32,8 @@ from swin_mm.analysis.tiles import Tile, encode_mask, merge_instances, paste_lab
 from swin_mm.analysis.weights import load_all_weights
 from swin_mm.checkpoints import read_checkpoint
 from swin_mm.engine.tta import apply_tta
+from swin_mm.models.inference import optimize_for_inference
+from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.config import config_errors, test_dataset
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
@@ -109,9 +111,10 @@ class Predictor:
             warnings.simplefilter('ignore')  # they warn that there are no weights, which come next
             metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
             self.inferencer = Inferencer(cfg, None, device=device, show_progress=False)
-        model = self.inferencer.model.module if tta else self.inferencer.model
-        load_all_weights(model, content, checkpoint)
-        set_autocast(model, dtype)
+        load_all_weights(self.inferencer.model.module if tta else self.inferencer.model, content, checkpoint)
+        if any(isinstance(module, SwinPyramid) for module in self.inferencer.model.modules()):
+            self.inferencer.model = optimize_for_inference(self.inferencer.model)
+        set_autocast(self.inferencer.model.module if tta else self.inferencer.model, dtype)
         meta = content.get('meta', {}) if isinstance(content, dict) else {}
         self.classes, self.palette = _classes(metainfo, meta.get('dataset_meta') or meta)
 

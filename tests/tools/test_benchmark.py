@@ -258,3 +258,13 @@ def test_growth_with_one_size_draws_ratios(monkeypatch, tmp_path):
     for results in ([case], [case, other]):
         report.plot({'results': results}, tmp_path / 'a.png', growth=True)
     assert drawn == ['plot_ratios', 'plot_growth']
+
+
+def test_memory_counts_what_an_optimized_model_holds():
+    """It has no parameters, and packed weights instead."""
+    from benchmarks.candidates import held_tensors, optimized, our_swin
+
+    arch = {'embed_dims': 16, 'depths': (1, 1), 'num_heads': (1, 1), 'strides': (4, 2), 'out_indices': (0, 1)}
+    model = our_swin(arch, (64, 64)).eval()
+    plain, packed = (sum(t.numel() for t in held_tensors(m)) for m in (model, optimized(model)))
+    assert plain >= sum(p.numel() for p in model.parameters()) and 0.9 * plain < packed < 3 * plain
