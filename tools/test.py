@@ -2,11 +2,10 @@
 
 import sys
 from argparse import Namespace
-from functools import partial
 
 from swin_mm import cli
-from swin_mm.analysis.prediction import DTYPES, compute_in
 from swin_mm.engine import testing
+from swin_mm.engine.inference import DTYPES
 
 EXAMPLES = """
 examples:
@@ -42,7 +41,7 @@ def main(args: Namespace) -> None:
         out=args.out,
         show_dir=args.show_dir,
         tta=args.tta,
-        precision=partial(compute_in, args.dtype),
+        dtype=args.dtype,
         allow_pickle=args.allow_pickle,
     )
 

@@ -1,4 +1,4 @@
-"""How the tools' figures look, and how they are saved."""
+"""The style of the figures, and how they are saved."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from swin_mm.utils.files import atomic_write
 
+FORMATS = ('png', 'svg', 'pdf')
 STYLE = {
     'figure.dpi': 160,
     'font.size': 9,
@@ -20,15 +21,21 @@ STYLE = {
     'axes.prop_cycle': "cycler('color', ['0072B2', 'D55E00', '009E73', 'CC79A7', 'E69F00', '56B4E9', '000000'])",
     'legend.frameon': False,
     'svg.fonttype': 'none',
+    'text.parse_math': False,  # names from logs and configs may contain dollar signs
 }
 
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches to draw on, which is then saved, in the format of the path's suffix.
+    """Yield a figure to draw on and save it when the block ends, in the format of the path's suffix.
+
+    Args:
+        path: the file to write.
+        width: in inches.
+        height: in inches.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: the file cannot be written.
     """
     with rc_context(STYLE):
         drawn = Figure((width, height), layout='constrained')

@@ -1,26 +1,34 @@
-"""What a model of mmdet or mmseg sees in pictures: predicted, drawn with a legend, and saved."""
+"""Predictions of a detector or segmentor on images and videos: made, drawn with a legend, and saved.
 
-import colorsys
-import io
+Labels are class ids everywhere: the number of a class in ``classes``, from 0 up, whatever numbers the annotations of
+the data set use.
+"""
+
+import glob
+import hashlib
 import json
+import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from matplotlib import get_data_path
+from mmcv import VideoReader
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
-from PIL import Image, ImageDraw, ImageFont
-from torch import nn
+from PIL import Image
 
+from swin_mm.analysis.drawing import class_colours, draw_instances, draw_label_map, with_legend
+from swin_mm.analysis.images import displayable, image_reader
+from swin_mm.analysis.tiles import Tile, encode_mask, merge_instances, paste_labels, split_into_tiles
+from swin_mm.engine.inference import prepare_for_inference
 from swin_mm.engine.runner import load_complete
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import config_errors, test_dataset
@@ -28,35 +36,51 @@ from swin_mm.openmmlab.loading import read_for_mmengine
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
 
-DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+IMAGES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
+VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
+LONGEST_NAME = 245  # bytes; file systems take 255, with the suffix
 
 
 class View(NamedTuple):
-    """An image or a frame of a video."""
+    """An image, or a frame of a video."""
 
     name: str  # of its outputs, without suffix
-    picture: np.ndarray  # (H, W, 3) RGB
-    data: dict  # what the test pipeline made of it
+    image: np.ndarray  # (H, W, channels) as it was read, in the order BGR
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The image to draw on, (H, W, 3) RGB."""
+        return displayable(self.image)
 
 
 class Predictor:
     """A model with its weights, built by mmdet's or mmseg's inferencer.
 
     Args:
-        cfg: The config; it is changed.
-        checkpoint: File or address.
-        device: As torch names it.
-        dtype: See :func:`compute_in`.
-        tta: Test-time augmentation.
-        score_thr: Objects of lower score are left out.
+        cfg: the config; it is changed.
+        checkpoint: file or address.
+        device: as torch names it.
+        dtype: see :func:`swin_mm.engine.inference.set_autocast`.
+        tta: test-time augmentation.
+        score_thr: leave out objects of a lower score.
+        tile: predict on tiles of this many pixels a side, and merge; None for whole images.
+        overlap: share of a tile that it has in common with the next.
 
     Raises:
-        InputError: the config does not predict objects or segments, or the checkpoint is not one of it.
-        CheckpointError: the checkpoint cannot be read.
+        InputError: the config does not predict objects or segments, or does not fit the options.
+        CheckpointError: the checkpoint cannot be read, or does not cover the model.
     """
 
     def __init__(
-        self, cfg: Config, checkpoint: str, device: str, dtype: str = 'fp32', tta: bool = False, score_thr: float = 0.3
+        self,
+        cfg: Config,
+        checkpoint: str,
+        device: str,
+        dtype: str = 'fp32',
+        tta: bool = False,
+        score_thr: float = 0.3,
+        tile: int | None = None,
+        overlap: float = 0.2,
     ) -> None:
         self.detects = cfg.get('default_scope') == 'mmdet'
         if cfg.get('default_scope') not in ('mmdet', 'mmseg') or 'test_dataloader' not in cfg:
@@ -64,45 +88,77 @@ class Predictor:
                 f'{cfg.filename} does not predict objects or segments: default_scope should be mmdet or mmseg, and '
                 'there should be a test_dataloader, whose pipeline prepares the images'
             )
-        self.score_thr = score_thr
+        if tile is not None and not (tile >= 32 and 0 <= overlap <= 0.9):
+            raise InputError(f'tile {tile}, overlap {overlap}: expected at least 32 pixels, and a share from 0 to 0.9')
+        self.score_thr, self.tile, self.overlap = score_thr, tile, overlap
         content = read_for_mmengine(checkpoint)
         init_default_scope(cfg.default_scope)
+        with config_errors(cfg):
+            self.read = image_reader(cfg)
         if tta:
             apply_tta(cfg)
         dataset = cfg.test_dataloader.dataset = test_dataset(cfg)
         dataset.pipeline = _without_annotations(dataset.pipeline)
-        cfg.visualizer = {'type': f'{"Det" if self.detects else "Seg"}LocalVisualizer', 'alpha': 0.5}
+        cfg.visualizer = {'type': f'{"Det" if self.detects else "Seg"}LocalVisualizer'}  # inferencers ask for one
         if self.detects:
             from mmdet.apis import DetInferencer as Inferencer
         else:
             from mmseg.apis import MMSegInferencer as Inferencer
-        with config_errors(cfg):
+        with config_errors(cfg), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # they warn that there are no weights, which come next
             metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
-            with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # that there are no weights yet
-                self.inferencer = Inferencer(cfg, None, device=device, show_progress=False)
-            load_complete(self.inferencer.model, content['state_dict'], checkpoint)
+            self.inferencer = Inferencer(cfg, None, device=device, show_progress=False)
+        load_complete(self.inferencer.model, content['state_dict'], checkpoint)
+        self.inferencer.model = prepare_for_inference(self.inferencer.model, dtype)
         meta = content.get('meta') or {}
         self.classes, self.palette = _classes(metainfo, meta.get('dataset_meta') or meta)
-        self.inferencer.visualizer.dataset_meta = {'classes': self.classes, 'palette': self.palette}
-        compute_in(dtype, self.inferencer.model.module if tta else self.inferencer.model)
-
-    def view(self, name: str, picture: np.ndarray, path: str | None = None) -> View:
-        """Prepare an RGB picture; where it has a path, the pipeline reads that in its own way."""
-        source = np.ascontiguousarray(picture[..., ::-1]) if path is None else path
-        return View(name, picture, self.inferencer.pipeline(source))
 
     def predict(self, views: Iterable[View], batch_size: int = 1) -> Iterator[tuple[View, BaseDataElement]]:
-        """Predict in batches; one sample for each view, on the CPU."""
+        """Predict in batches; one sample for each view, on the CPU.
+
+        The masks of tiled views are a list of :class:`swin_mm.analysis.tiles.PlacedMask`.
+        """
         views = iter(views)
         while batch := list(islice(views, batch_size)):
-            # mmdet pads images to one size, mmseg wants them to have it.
-            for _, group in groupby(batch, lambda view: self.detects or _shapes(view.data['inputs'])):
-                group = list(group)
-                samples = self.inferencer.forward(self.inferencer.collate_fn([view.data for view in group]))
-                yield from zip(group, map(self._tidy, samples), strict=True)
+            for tiled, group in groupby(batch, lambda v: self.tile is not None and max(v.image.shape[:2]) > self.tile):
+                if tiled:
+                    yield from ((view, self._predict_tiles(view.image, batch_size)) for view in group)
+                else:
+                    group = list(group)
+                    yield from zip(group, self._predict_images([view.image for view in group]), strict=True)
 
-    def _tidy(self, sample: BaseDataElement) -> BaseDataElement:
+    def _predict_images(self, images: list[np.ndarray]) -> Iterator[BaseDataElement]:
+        prepared = (self.inferencer.pipeline(np.ascontiguousarray(image)) for image in images)
+        # mmdet pads images to one size, mmseg wants them to have it.
+        for _, group in groupby(prepared, lambda data: self.detects or _shapes(data['inputs'])):
+            yield from map(self._clean, self.inferencer.forward(self.inferencer.collate_fn(list(group))))
+
+    def _predict_tiles(self, image: np.ndarray, batch_size: int) -> BaseDataElement:
+        """Predict on tiles one batch after the other, keeping of each what is left in the merged prediction."""
+        height, width = image.shape[:2]
+        tiles = iter(split_into_tiles((height, width), self.tile, self.overlap))
+        labels = (
+            None if self.detects else np.zeros((height, width), np.uint8 if len(self.classes) <= 256 else np.uint16)
+        )
+        parts: list[tuple[Tile, BaseDataElement]] = []
+        while batch := list(islice(tiles, batch_size)):
+            for tile, sample in zip(batch, self._predict_images([image[t.pixels] for t in batch]), strict=True):
+                if 'pred_panoptic_seg' in sample:
+                    raise InputError('panoptic segments cannot be merged across tiles; predict on whole images')
+                if labels is None:
+                    parts.append((tile, sample.pred_instances))
+                else:
+                    paste_labels(labels, sample.pred_sem_seg.data[0].numpy(), tile)
+        if labels is None:
+            from mmdet.structures import DetDataSample
+
+            return DetDataSample(pred_instances=merge_instances(parts))
+        from mmengine.structures import PixelData
+        from mmseg.structures import SegDataSample
+
+        return SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(labels)[None]))
+
+    def _clean(self, sample: BaseDataElement) -> BaseDataElement:
         sample = sample.cpu()
         if 'pred_panoptic_seg' in sample:
             sample.pop('pred_instances', None)  # the same objects before they were merged
@@ -111,97 +167,242 @@ class Predictor:
         return sample
 
     def draw(self, view: View, sample: BaseDataElement) -> np.ndarray:
-        """The picture with the prediction on it and a legend beside it, (H, W, 3) RGB."""
-        labels = _labels(sample)
-        counts = Counter(labels[labels < len(self.classes)].tolist())  # one more is void
-        drawn = view.picture
-        if counts:
-            how = {'pred_score_thr': 0.0} if self.detects else {'with_labels': False}
-            self.inferencer.visualizer.add_datasample('', drawn, sample, draw_gt=False, **how)
-            drawn = self.inferencer.visualizer.get_image()
-        amount = str if labels.ndim == 1 else lambda pixels: f'{pixels / labels.size:.1%}'
-        rows = [(self.palette[i], f'{self.classes[i]}  {amount(n)}') for i, n in counts.most_common()]
-        return _with_legend(drawn, rows, max(self.classes, key=len) + '  00.0%')
+        """The picture with the prediction and a legend, (H, W, 3) RGB."""
+        return draw_prediction(view.picture, sample, self.classes, self.palette)
 
     def save(self, view: View, sample: BaseDataElement, folder: Path) -> None:
-        """Write objects as JSON, labels of pixels as PNG, panoptic segments as both, to files called after the view."""
-        pixels = record = None
-        if 'pred_sem_seg' in sample:
-            few = len(self.classes) <= 256
-            pixels = Image.fromarray(_labels(sample).astype(np.uint8 if few else np.uint16))
-            if few:
-                pixels.putpalette(np.uint8(self.palette).ravel().tolist())
-        elif 'pred_panoptic_seg' in sample:
-            pixels, record = self._segments(sample.pred_panoptic_seg.sem_seg[0].numpy())
-        else:
-            record = self.inferencer.pred2dict(sample)
-            record['names'] = [self.classes[label] for label in record['labels']]
-        if pixels:
-            with atomic_write(folder / f'{view.name}.png') as file:
-                pixels.save(file)
-        if record:
-            with atomic_write(folder / f'{view.name}.json') as file:
-                height, width = view.picture.shape[:2]
-                file.write_text(json.dumps({'height': height, 'width': width, **record}))
-
-    def _segments(self, ids: np.ndarray) -> tuple[Image.Image, dict[str, Any]]:
-        """COCO's format: the PNG's red + 256 green is the number of a segment, 0 is void."""
-        ids, index, areas = np.unique(ids, return_inverse=True, return_counts=True)
-        known = _label(ids) < len(self.classes)
-        numbers = np.where(known, known.cumsum(), 0)
-        info = [
-            {'id': number, 'category_id': label, 'name': self.classes[label], 'area': area}
-            for number, label, area in zip(numbers.tolist(), _label(ids).tolist(), areas.tolist(), strict=True)
-            if number
-        ]
-        pixels = numbers[index]
-        pixels = np.stack([pixels & 255, pixels >> 8, pixels & 0], axis=-1).astype(np.uint8)
-        return Image.fromarray(pixels), {'segments_info': info}
+        """Write the prediction to files named after the view, see :func:`save_prediction`."""
+        save_prediction(sample, view.image.shape[:2], self.classes, self.palette, folder / view.name)
 
 
-def compute_in(dtype: str, model: nn.Module) -> None:
-    """Have a model compute in a key of ``DTYPES``.
+def predict_files(
+    predictor: Predictor,
+    names: dict[str, str],
+    out: Path,
+    batch_size: int = 1,
+    on_done: Callable[[int], None] = lambda count: None,
+    on_skip: Callable[[str, str], None] = lambda path, reason: None,
+) -> None:
+    """Predict on images and videos, and write pictures to ``out/vis`` and predictions to ``out/pred``.
 
-    bf16 and fp16 are autocast, of a segmentor's network, of a detector's backbone and neck: boxes of 8 bits would be
-    off by pixels, and mmcv's operators on them want fp32.
+    Args:
+        predictor: the model.
+        names: name of the outputs for each path, see :func:`name_outputs`.
+        out: folder to write to.
+        batch_size: images at a time.
+        on_done: called with the number of images or frames that are done.
+        on_skip: called with a path that cannot be decoded, and the reason.
+
+    Raises:
+        InputError: a file cannot be written.
     """
-    if dtype == 'fp32':
-        return
-    name = 'encode_decode' if hasattr(model, 'encode_decode') else 'extract_feat'
-    device = next(model.parameters()).device.type
-    setattr(model, name, _autocast(getattr(model, name), device, DTYPES[dtype]))
+    rows = enumerate(zip(predictor.classes, predictor.palette, strict=True))
+    with atomic_write(out / 'classes.json') as file:
+        file.write_text(json.dumps([{'id': i, 'name': name, 'color': rgb} for i, (name, rgb) in rows]))
+
+    def read(paths: Iterable[str]) -> Iterator[View]:
+        for path in paths:
+            try:
+                view = View(names[path], predictor.read(path))
+            except InputError as error:
+                on_skip(path, str(error))
+                continue
+            yield view
+
+    def predict(views: Iterable[View]) -> Iterator[tuple[str, np.ndarray]]:
+        for view, sample in predictor.predict(views, batch_size):
+            predictor.save(view, sample, out / 'pred')
+            yield view.name, predictor.draw(view, sample)
+            on_done(1)
+
+    for video, paths in groupby(names, is_video):
+        if not video:
+            for name, drawn in predict(read(paths)):
+                with atomic_write(out / f'vis/{name}.jpg') as file:
+                    Image.fromarray(drawn).save(file, quality=95, subsampling=0)
+            continue
+        for path in paths:
+            frames = VideoReader(path)
+            views = (View(f'{names[path]}/{i:06}', frame) for i, frame in enumerate(frames))
+            try:
+                write_video(out / f'vis/{names[path]}.mp4', frames.fps, (drawn for _, drawn in predict(views)))
+            except EOFError as error:
+                on_skip(path, str(error))
 
 
-def _autocast(function: Callable, device: str, dtype: torch.dtype) -> Callable:
-    """Have a function compute in ``dtype`` where that is safe, and return fp32."""
+def find_inputs(inputs: Iterable[str]) -> list[str]:
+    """Every image and video among files, folders and globs, in their order.
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, dtype):
-            result = function(*args, **kwargs)
-        return result.float() if isinstance(result, torch.Tensor) else tuple(map(torch.Tensor.float, result))
+    Raises:
+        InputError: there is none in an entry.
+    """
+    paths = []
+    for entry in inputs:
+        if os.path.isfile(entry):
+            paths.append(entry)
+            continue
+        inside = glob.glob(os.path.join(glob.escape(entry), '*') if os.path.isdir(entry) else entry, recursive=True)
+        found = sorted(path for path in inside if path.lower().endswith((*IMAGES, *VIDEOS)))
+        if not found:
+            raise InputError(f'{entry}: no image or video is there (looked for {" ".join((*IMAGES, *VIDEOS))})')
+        paths += found
+    return list(dict.fromkeys(paths))
 
-    return call
+
+def name_outputs(paths: list[str]) -> dict[str, str]:
+    """A name for the outputs of each path, relative to the folder that all share.
+
+    The suffix is left out unless two names would be equal. Parts too long for a file name with another suffix are cut,
+    with a hash in place of their end.
+    """
+    top = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    names = {path: os.path.relpath(os.path.abspath(path), top) for path in paths}
+    stems = Counter(os.path.splitext(name)[0] for name in names.values())
+    for path, name in names.items():
+        stem = os.path.splitext(name)[0]
+        names[path] = os.path.join(*map(_shorten, Path(stem if stems[stem] == 1 else name).parts))
+    return names
 
 
-def _label(ids: np.ndarray) -> np.ndarray:
-    """Class numbers of panoptic segments."""
+def is_video(path: str) -> bool:
+    """Whether a path has the suffix of a video."""
+    return path.lower().endswith(VIDEOS)
+
+
+def count_pictures(path: str) -> int:
+    """The number of frames of a video; 1 for an image."""
+    return max(len(VideoReader(path)), 1) if is_video(path) else 1
+
+
+def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:
+    """Write RGB pictures of one even size as an MP4 file.
+
+    Raises:
+        EOFError: there are none.
+        InputError: the file cannot be written.
+    """
+    with atomic_write(path) as file:
+        writer, count = None, 0
+        for picture in pictures:
+            if writer is None:
+                code, size = cv2.VideoWriter_fourcc(*'mp4v'), picture.shape[1::-1]
+                writer = cv2.VideoWriter(str(file), code, fps or 25, size)
+            writer.write(picture[..., ::-1])
+            count += 1
+        if writer is None:
+            raise EOFError('no frame can be read')
+        writer.release()
+        # OpenCV does not tell when it fails to write.
+        if int(cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT)) != count:
+            raise OSError(f'not all of {count} frames were written; is the disk full?')
+
+
+def draw_prediction(
+    picture: np.ndarray, sample: BaseDataElement, classes: Sequence[str], palette: Sequence[tuple]
+) -> np.ndarray:
+    """Draw a prediction as contours with a legend beside the picture.
+
+    Args:
+        picture: (H, W, 3) RGB.
+        sample: of mmdet or mmseg, on the CPU.
+        classes: names by class id.
+        palette: colours by class id.
+
+    Returns:
+        (height, width, 3) RGB, of even height and width.
+    """
+    if 'pred_sem_seg' in sample or 'pred_panoptic_seg' in sample:
+        panoptic = 'pred_panoptic_seg' in sample
+        regions = sample.pred_panoptic_seg.sem_seg[0].numpy() if panoptic else sample.pred_sem_seg.data[0].numpy()
+        labels = class_ids_of_segments(regions) if panoptic else regions
+        drawn = draw_label_map(picture, labels, palette, regions)
+        # One more than the classes is void.
+        counts = Counter(dict(enumerate(np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)].tolist())))
+        amounts = {i: f'{count / labels.size:.1%}' for i, count in counts.items()}
+    else:
+        objects = sample.pred_instances
+        labels, masks = objects.labels.numpy(), objects.get('masks')
+        masks = masks.numpy() if isinstance(masks, torch.Tensor) else masks
+        drawn = draw_instances(picture, objects.bboxes.numpy(), labels, palette, masks, objects.scores.numpy())
+        counts = Counter(labels.tolist())
+        amounts = {i: str(count) for i, count in counts.items()}
+    rows = [(palette[i], f'{classes[i]}  {amounts[i]}') for i, count in counts.most_common() if count]
+    return with_legend(drawn, rows, max(classes, key=len) + '  00.0%')
+
+
+def save_prediction(
+    sample: BaseDataElement, size: tuple[int, int], classes: Sequence[str], palette: Sequence[tuple], path: Path
+) -> None:
+    """Write a prediction: objects as JSON, class ids of pixels as PNG, panoptic segments as both.
+
+    Args:
+        sample: of mmdet or mmseg, on the CPU.
+        size: (height, width) of the image.
+        classes: names by class id.
+        palette: colours by class id.
+        path: of the files, without suffix.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    pixels: Image.Image | None = None
+    record: dict[str, Any] | None = None
+    if 'pred_sem_seg' in sample:
+        few = len(classes) <= 256
+        pixels = Image.fromarray(sample.pred_sem_seg.data[0].numpy().astype(np.uint8 if few else np.uint16))
+        if few:
+            pixels.putpalette(np.uint8(palette).ravel().tolist())
+    elif 'pred_panoptic_seg' in sample:
+        pixels, record = _coco_panoptic(sample.pred_panoptic_seg.sem_seg[0].numpy(), classes)
+    else:
+        objects = sample.pred_instances
+        labels = objects.labels.tolist()
+        record = {'labels': labels, 'scores': objects.scores.tolist(), 'bboxes': objects.bboxes.tolist()}
+        if 'masks' in objects:
+            record['masks'] = [encode_mask(mask, size) for mask in objects.masks]
+        record['names'] = [classes[label] for label in labels]
+    if pixels:
+        with atomic_write(path.with_name(f'{path.name}.png')) as file:
+            pixels.save(file)
+    if record:
+        with atomic_write(path.with_name(f'{path.name}.json')) as file:
+            file.write_text(json.dumps({'height': size[0], 'width': size[1], **record}))
+
+
+def class_ids_of_segments(ids: np.ndarray) -> np.ndarray:
+    """Class ids of mmdet's panoptic segments."""
     from mmdet.evaluation import INSTANCE_OFFSET
 
     return ids % INSTANCE_OFFSET
 
 
-def _labels(sample: BaseDataElement) -> np.ndarray:
-    """Class numbers, of pixels (H, W) or of objects (n,)."""
-    if 'pred_sem_seg' in sample:
-        return sample.pred_sem_seg.data[0].numpy()
-    if 'pred_panoptic_seg' in sample:
-        return _label(sample.pred_panoptic_seg.sem_seg[0].numpy())
-    return sample.pred_instances.labels.numpy()
+def _coco_panoptic(ids: np.ndarray, classes: Sequence[str]) -> tuple[Image.Image, dict[str, Any]]:
+    """COCO's format: the PNG's red + 256 green is the number of a segment, 0 is void."""
+    ids, index, areas = np.unique(ids, return_inverse=True, return_counts=True)
+    known = class_ids_of_segments(ids) < len(classes)
+    numbers = np.where(known, known.cumsum(), 0)
+    info = [
+        {'id': number, 'category_id': label, 'name': classes[label], 'area': area}
+        for number, label, area in zip(
+            numbers.tolist(), class_ids_of_segments(ids).tolist(), areas.tolist(), strict=True
+        )
+        if number
+    ]
+    pixels = numbers[index]
+    pixels = np.stack([pixels & 255, pixels >> 8, pixels & 0], axis=-1).astype(np.uint8)
+    return Image.fromarray(pixels), {'segments_info': info}
 
 
 def _shapes(inputs: Any) -> list:
     """The sizes of an image, or of its augmented views."""
     return [view.shape for view in inputs] if isinstance(inputs, list) else inputs.shape
+
+
+def _shorten(part: str) -> str:
+    content = os.fsencode(part)
+    if len(content) <= LONGEST_NAME:
+        return part
+    return content[: LONGEST_NAME - 9].decode(errors='ignore') + '~' + hashlib.sha1(content).hexdigest()[:8]
 
 
 def _without_annotations(node: Any) -> Any:
@@ -214,35 +415,13 @@ def _without_annotations(node: Any) -> Any:
     return [step for step in map(_without_annotations, steps) if step != []]
 
 
-def _classes(config: dict, checkpoint: dict) -> tuple[list[str], list]:
-    """Names and colours; what the checkpoint was trained on counts for more than the config."""
+def _classes(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:
+    """Names and colours by class id; the checkpoint's data set takes precedence over the config's."""
     metainfo = config | {key.lower(): value for key, value in checkpoint.items() if value is not None}
     classes = metainfo.get('classes')
     if not classes:
         raise InputError("neither checkpoint nor config names the classes: set the dataset's metainfo.classes")
     palette = metainfo.get('palette')
     if isinstance(palette, str) or len(palette or ()) < len(classes):
-        hues = (index * 0.618 % 1 for index in range(len(classes)))  # neighbours differ
-        palette = [[round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.75, 0.95)] for hue in hues]
-    return list(classes), [tuple(colour) for colour in palette[: len(classes)]]
-
-
-def _with_legend(picture: np.ndarray, rows: list[tuple], longest: str) -> np.ndarray:
-    """Put a panel with (colour, text) rows to the right; its size depends on the picture's and ``longest`` alone."""
-    height, width = picture.shape[:2]
-    size = round(min(max(height / 28, 12), 32))
-    line = size * 8 // 5
-    font = ImageFont.truetype(str(Path(get_data_path(), 'fonts/ttf/DejaVuSans.ttf')), size)
-    panel = round(font.getlength(longest)) + 3 * line
-    whole = [(side + 1) // 2 * 2 for side in (width + panel, max(height, 8 * line))]  # codecs want even sizes
-    canvas = Image.new('RGB', whole, 'white')
-    canvas.paste(Image.fromarray(picture))
-    room = whole[1] // line
-    if len(rows) > room:
-        rows = [*rows[: room - 1], ((255, 255, 255), f'and {len(rows) - room + 1} more')]
-    pen = ImageDraw.Draw(canvas)
-    for index, (colour, text) in enumerate(rows):
-        left, top = width + line // 2, index * line + (line - size)
-        pen.rectangle((left, top, left + size, top + size), fill=colour)
-        pen.text((left + line, top + size // 2), text, 'black', font, anchor='lm')
-    return np.asarray(canvas)
+        palette = class_colours(len(classes))
+    return [' '.join(str(name).split()) for name in classes], [tuple(colour) for colour in palette[: len(classes)]]

@@ -1,18 +1,16 @@
 """Testing a checkpoint: metrics, saved predictions, pictures."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mmcv
 import numpy as np
-import torch
 from mmengine import fileio
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
@@ -35,7 +33,7 @@ def test(
     out: str | None = None,
     show_dir: str | None = None,
     tta: bool = False,
-    precision: Callable[[torch.nn.Module], None] | None = None,
+    dtype: str = 'fp32',
     allow_pickle: bool = False,
 ) -> dict[str, float]:
     """Test a checkpoint on the config's test set.
@@ -46,7 +44,7 @@ def test(
         out: where predictions are saved: of a detector one ``.pkl`` file, of a segmentor a folder of PNGs.
         show_dir: folder for pictures of predictions beside the ground truth.
         tta: test-time augmentation.
-        precision: called with the model, to change what it computes in.
+        dtype: what the network computes in, see :func:`swin_mm.engine.inference.set_autocast`.
         allow_pickle: open pickles that the config names, which can run code.
 
     Returns:
@@ -70,12 +68,10 @@ def test(
     if out:
         save_predictions(cfg, out)
     configure_dataloaders(cfg, 'test')
+    hook = dict(type='swin_mm.engine.inference.InferenceHook', dtype=dtype)
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
     with run_errors(cfg):
-        runner = build_runner(cfg)
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        if precision is not None:
-            precision(model.module if tta else model)
-        return runner.test()
+        return build_runner(cfg).test()
 
 
 def draw_predictions(cfg: Config, folder: str) -> None:

@@ -20,6 +20,7 @@ from support.reference_models import FOLDER
 from support.tool_fixtures import ROOT
 
 import swin_mm
+from swin_mm.analysis import complexity
 from swin_mm.checkpoints.namings import MMDET
 from swin_mm.models.swin import ARCHS
 from swin_mm.openmmlab.layer_decay import NO_DECAY
@@ -56,8 +57,6 @@ def leaves(pattern: str, but: str = '$^') -> list:
 
 
 OFFICIAL = 'https://github.com/SwinTransformer/storage/releases/download/'
-
-model_info = importlib.import_module('tools.model_info')
 
 # Stock configs that ours correspond to under another name.
 RENAMED = {
@@ -188,7 +187,7 @@ def learning(name: str) -> dict[str, tuple[float, float]]:
     config = load(name)
     # mmdet's Swin reads the numbers of a linspace, which meta tensors do not have.
     with mock.patch('torch.linspace', functools.partial(torch.linspace, device='cpu')):
-        model = model_info.build(config)
+        model = complexity.build(config)
     options = config.optim_wrapper.to_dict() | dict(type='OptimWrapper')
     for name in ('dtype', 'loss_scale'):
         options.pop(name, None)
@@ -338,7 +337,7 @@ def test_leaves_are_short(ours):
 @pytest.mark.parametrize('ours', leaves('', but='classification'))
 def test_leaves_build_and_channels_match(ours):
     config = load(ours)
-    model = model_info.build(config)
+    model = complexity.build(config)
     row = re.search(
         rf'^\|.*\({re.escape(Path(ours).name)}\).*', (CONFIGS / ours).with_name('README.md').read_text(), re.M
     )
@@ -390,9 +389,9 @@ def projections_of_padding(backbone, width, height):
 @pytest.mark.parametrize('ours, width, height, parameters, gmac', SIZES)
 def test_models_have_the_published_size(ours, width, height, parameters, gmac):
     config = load(ours)
-    assert sum(p.numel() for p in model_info.build(config).parameters()) == parameters
-    macs = sum(model_info.macs(config, width, height).values())
-    macs += projections_of_padding(model_info.build(config).backbone, width, height)
+    assert sum(p.numel() for p in complexity.build(config).parameters()) == parameters
+    macs = sum(complexity.multiply_adds(config, width, height).values())
+    macs += projections_of_padding(complexity.build(config).backbone, width, height)
     assert macs / 1e9 == pytest.approx(gmac, rel=0.003)
 
 
@@ -405,7 +404,7 @@ def test_v2_models_differ_from_v1_by_the_backbone(method, name):
     backbones['l'] = 195_205_620 - 194_998_164
     v1 = next(row for row in SIZES if row[0].startswith(method) and f'swin-{arch}-' in row[0])
     leaf = next(leaf for leaf in LEAVES if leaf.startswith(f'{method}_{name}'))
-    assert sum(p.numel() for p in model_info.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
+    assert sum(p.numel() for p in complexity.build(load(leaf)).parameters()) == v1[3] + backbones[arch]
 
 
 def test_no_decay_keys_are_those_of_the_library():
@@ -424,7 +423,7 @@ def test_configs_are_found_by_library_name(tmp_path):
 def test_checkpoint_can_be_a_local_file():
     config = Config.fromfile(CONFIGS / 'mask_rcnn/mask-rcnn_swin-s-p4-w7_fpn_1x_coco.py')
     config.merge_from_dict({'model.backbone.init_cfg.checkpoint': 'swin_small.pth'})
-    assert model_info.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}
+    assert complexity.build(config).backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'swin_small.pth'}
 
 
 @needs_mmpretrain

@@ -1,8 +1,9 @@
-"""tools/benchmark.py: its arithmetic on known numbers, what it counts and in which order, and tiny runs of it."""
+"""The benchmark: its arithmetic on known numbers, what it counts and in which order, and tiny runs of the tool."""
 
 import json
+import shutil
+import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,21 +11,16 @@ from PIL import Image
 from support.tool_fixtures import ROOT
 from torch import nn
 
-
-@pytest.fixture
-def benchmark(tool, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'tools')  # where its parts are
-    return tool('benchmark')
-
-
-@pytest.fixture
-def candidates(benchmark):
-    return sys.modules['benchmark_candidates'].CANDIDATES
+from benchmarks import measure, presets, report
+from benchmarks.candidates import CANDIDATES, OPTIMIZED, Bench, Case
+from benchmarks.report import Bar
+from swin_mm.models.swin import ARCHS
 
 
 @pytest.fixture
-def run(benchmark, monkeypatch, tmp_path):
+def run(tool, monkeypatch, tmp_path):
     """Call the tool in this process on tiny models: its exit code and what it wrote."""
+    benchmark = tool('benchmark')
 
     def call(*arguments):
         monkeypatch.setattr('sys.argv', ['benchmark', '--quick', '--device', 'cpu', '--out', str(tmp_path), *arguments])
@@ -40,12 +36,12 @@ def result(**seconds):
     return {'name': 'a case', 'case': {'batch': 4}, 'flops': 1000, 'cube': 10, 'rows': rows, 'seconds': seconds}
 
 
-def test_ratios_are_taken_round_by_round(benchmark):
+def test_ratios_are_taken_round_by_round():
     # The machine is three times as slow in the second round; the ratio of the medians would be 3.
     measured = result(matmul=[1, 3, 2], mmdet=[2, 6, 6], ours=[1, 3, 2])
     measured['seconds'] |= {'mmdet+compile': [8, 8, 8], 'ours+compile': [1, 1, 4], 'ours+backbone': [0.5, 1.5, 0.5]}
     measured['rows'] |= {'mmdet+compile': {}, 'ours+compile': {}, 'ours+backbone': {}}
-    benchmark.report.summarise(measured)
+    report.summarise(measured)
     rows = measured['rows']
     assert rows['mmdet']['ratio'] == [2, 2, 2.5]
     assert rows['ours']['ms'] == [2000, 1500, 2500] and rows['ours']['images_per_s'] == 2
@@ -67,23 +63,23 @@ def test_ratios_are_taken_round_by_round(benchmark):
         ('memory', 0.45, 0.5, 'not met'),
     ],
 )
-def test_bars(benchmark, kind, asked, measured, verdict):
+def test_bars(kind, asked, measured, verdict):
     each = {'name': 'a case', 'seconds': {'mmdet': [2, 3, 8], 'ours': [1, 3, 2]}}
     each['rows'] = {'mmdet': {'memory': 10}, 'ours': {'ms': [200.0, 1, 2], 'floor': [0.2], 'memory': 5}}
-    bar = benchmark.Bar('a case', kind, asked)
+    bar = Bar('a case', kind, asked)
     judged = bar.judge([{'name': 'another'}, each])
     assert (judged['measured'], judged['verdict']) == (measured, verdict)
     for absent in ([], [each | {'seconds': {}}]):
         assert bar.judge(absent)['verdict'] == 'not measured'
 
 
-def test_turns_alternate(benchmark, monkeypatch):
+def test_turns_alternate(monkeypatch):
     order = []
-    monkeypatch.setattr(benchmark, 'SAMPLE', 0)
+    monkeypatch.setattr(measure, 'SAMPLE', 0)
     times = {'slow': 0.002, 'fast': 0.001}
-    monkeypatch.setattr(benchmark, 'seconds_per_call', lambda work, calls, device: work())
+    monkeypatch.setattr(measure, 'seconds_per_call', lambda work, calls, device: work())
     works = {name: lambda name=name: order.append(name) or times[name] for name in times}
-    seconds = benchmark.take_turns(works, SimpleNamespace(device='cpu', quick=True))
+    seconds = measure.take_turns(works, 'cpu', quick=True)
     assert order == ['slow', 'fast', 'slow', 'fast', 'fast', 'slow']  # once to learn how long it takes
     assert seconds == {'slow': [0.002] * 2, 'fast': [0.001] * 2}
 
@@ -102,25 +98,25 @@ class Known(nn.Module):
         return (b + 1,)
 
 
-def test_memory_is_the_peak_of_what_lives_at_once(benchmark, candidates, monkeypatch):
-    monkeypatch.setitem(candidates, 'known', lambda arch, size: Known())
-    case = benchmark.Case('inference', 'fp32', (8, 8))
-    _, _, peak = benchmark.Bench(case, 'cpu', {}, True).start('known')
+def test_memory_is_the_peak_of_what_lives_at_once(monkeypatch):
+    monkeypatch.setitem(CANDIDATES, 'known', lambda arch, size: Known())
+    case = Case('inference', 'fp32', (8, 8))
+    _, _, peak = Bench(case, 'cpu', {}, True).start('known')
     assert peak / (1 << 20) == pytest.approx(9, abs=0.01)
 
 
-def test_operations_are_those_of_the_architecture(benchmark):
-    arch, (tokens, channels, macs) = benchmark.ARCHS['t'], (56 * 56, 96, 56 * 56 * 96 * 48)
+def test_operations_are_those_of_the_architecture():
+    arch, (tokens, channels, macs) = ARCHS['t'], (56 * 56, 96, 56 * 56 * 96 * 48)
     for stage, depth in enumerate(arch['depths']):  # 224 needs no padding
         macs += depth * tokens * (12 * channels**2 + 2 * 49 * channels)
         if stage < 3:
             tokens, channels = tokens // 4, channels * 2
             macs += tokens * 2 * channels * channels
     for what, factor in (('inference', 1), ('training', 3)):
-        assert benchmark.count_flops(benchmark.Case(what, 'fp32', (224, 224), 2), arch) == 2 * 2 * macs * factor
+        assert measure.count_flops(Case(what, 'fp32', (224, 224), 2), arch) == 2 * 2 * macs * factor
 
 
-def test_a_preset_from_end_to_end(benchmark, run, capsys, tmp_path):
+def test_a_preset_from_end_to_end(run, capsys, tmp_path):
     """That of a GPU, its bars' cases and one more: eager, compiled, and training."""
     code, written = run('--preset', 'gpu', '--what', 'inference', '--dtypes', 'fp32', '--sizes', '64', '--batches', '1')
     assert code == 0
@@ -129,7 +125,7 @@ def test_a_preset_from_end_to_end(benchmark, run, capsys, tmp_path):
         rows = each['rows']
         names += rows
         assert all('note' not in row and row['memory'] > 0 for row in rows.values()), rows
-        assert all(0 <= row['deviation'] <= benchmark.TOLERANCES[each['case']['dtype']] for row in rows.values())
+        assert all(0 <= row['deviation'] <= measure.TOLERANCES[each['case']['dtype']] for row in rows.values())
     assert (names.count('mmdet'), names.count('ours'), names.count('ours/sdpa'), names.count('ours+compile')) == (
         4,
         4,
@@ -143,8 +139,8 @@ def test_a_preset_from_end_to_end(benchmark, run, capsys, tmp_path):
         assert picture.width > 1000
 
 
-def test_wrong_and_failing_candidates_are_told(candidates, run, monkeypatch, capsys):
-    build = candidates['ours']
+def test_wrong_and_failing_candidates_are_told(run, monkeypatch, capsys):
+    build = CANDIDATES['ours']
 
     def crossed(arch, size):
         model = build(arch, size)
@@ -154,8 +150,8 @@ def test_wrong_and_failing_candidates_are_told(candidates, run, monkeypatch, cap
     def failing(arch, size):
         raise RuntimeError('no room\nfor it')
 
-    monkeypatch.setitem(candidates, 'ours/reference', crossed)
-    monkeypatch.setitem(candidates, 'ours/sdpa', failing)
+    monkeypatch.setitem(CANDIDATES, 'ours/reference', crossed)
+    monkeypatch.setitem(CANDIDATES, 'ours/sdpa', failing)
     code, written = run('--sizes', '64', '--kernels', 'auto,reference,sdpa')
     (each,) = written['results']
     assert code == 1
@@ -165,7 +161,7 @@ def test_wrong_and_failing_candidates_are_told(candidates, run, monkeypatch, cap
     assert 'wrong: differs' in capsys.readouterr().out
 
 
-def test_growth_is_drawn_with_its_power(benchmark, monkeypatch, tmp_path):
+def test_growth_is_drawn_with_its_power(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr('matplotlib.pyplot.close', drawn.append)
     results = []
@@ -173,7 +169,7 @@ def test_growth_is_drawn_with_its_power(benchmark, monkeypatch, tmp_path):
         pixels = side * side * batch
         row = {'ms': [pixels**1.5, 0, 0], 'memory': pixels}
         results.append({'case': {'size': (side, side), 'batch': batch}, 'rows': {'ours': row, 'mmdet': {'note': ''}}})
-    benchmark.report.plot_growth(results, tmp_path / 'growth.png')
+    report.plot_growth(results, tmp_path / 'growth.png')
     legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in drawn[0].axes]
     assert legends[0] == ['ours, larger images: 1.50', 'ours, more images: 1.50']  # time
     assert legends[1] == ['ours, larger images: 1.00', 'ours, more images: 1.00']  # memory
@@ -193,7 +189,8 @@ def test_whole_models(run, task, what):
     assert code == 0, written
     for each in written['results']:
         rows = each['rows']
-        assert list(rows) == ['stock', 'ours', 'stock+backbone', 'ours+backbone']
+        assert [name for name in rows if name != OPTIMIZED] == ['stock', 'ours', 'stock+backbone', 'ours+backbone']
+        assert (OPTIMIZED in rows) == (each['case']['what'] == 'inference')
         assert all(row['deviation'] < 1e-3 for row in rows.values())
         assert 0 < rows['ours+backbone']['share'][0] < 1.2
 
@@ -202,7 +199,7 @@ def test_whole_models(run, task, what):
     'arguments, message',
     [
         (['--against', 'mmdet,detectron2'], 'detectron2 is not known; choose from mmdet, transformers, timm'),
-        (['--kernels', 'magic'], 'magic is not known; choose from auto, graphs, reference'),
+        (['--kernels', 'magic'], 'magic is not known; choose from auto, optimized, reference'),
         (['--sizes', '800x1333x3'], "invalid sizes value: '800x1333x3'"),
         (['--device', 'cpu', '--dtypes', 'fp16'], '--dtypes fp16: on GPUs only'),
         (['--device', 'cpu', '--preset', 'gpu'], '--device cpu --quick tries'),
@@ -210,11 +207,64 @@ def test_whole_models(run, task, what):
         (['--out', __file__], 'is a file, name a folder'),
     ],
 )
-def test_refuses(benchmark, monkeypatch, tmp_path, capsys, arguments, message):
+def test_refuses(tool, monkeypatch, tmp_path, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr('sys.argv', ['benchmark', *arguments])
     with pytest.raises(SystemExit) as stopped:
-        benchmark.parse_args()
+        tool('benchmark').parse_args()
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not any(tmp_path.iterdir())
+
+
+def test_the_bars_of_a_cpu():
+    asked = {(bar.case.what, bar.case.dtype, bar.case.size, bar.ours, bar.kind): bar.asked for bar in presets.CPU_BARS}
+    for size in ((512, 512), (800, 1333)):
+        assert asked['inference', 'fp32', size, OPTIMIZED, 'ratio'] == 1.5
+        assert asked['inference', 'fp32', size, 'ours', 'ratio'] == 1.2
+        assert asked['training', 'fp32', size, 'ours', 'ratio'] == 1.25
+
+
+def test_inference_measures_both_forms_and_training_the_plain_one():
+    cases, bars = presets.choose('cpu', 'cpu', against=['mmdet'], kernels=['auto', 'optimized'], compiled=True)
+    assert len(bars) == len(presets.CPU_BARS)
+    for case, names in cases.items():
+        assert {'mmdet', 'ours', 'ours+compile'} <= set(names) and len(set(names)) == len(names)
+        assert (OPTIMIZED in names) == (case.what == 'inference')
+
+
+def test_the_command_without_the_folder(tmp_path):
+    """As in a wheel."""
+    (tmp_path / 'tools').mkdir()
+    shutil.copy(ROOT / 'tools/benchmark.py', tmp_path / 'tools')
+    done = subprocess.run([sys.executable, tmp_path / 'tools/benchmark.py'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1
+    assert 'benchmarks does not exist: the benchmark is part of the repository' in done.stderr
+
+
+def test_results_that_cannot_be_written(run, monkeypatch, tmp_path, capsys):
+    (tmp_path / 'benchmark.json').mkdir()
+    with pytest.raises(IsADirectoryError):
+        assert run('--sizes', '64')[0] == 2
+    assert 'benchmark.json cannot be written' in capsys.readouterr().err
+
+
+def test_growth_with_one_size_draws_ratios(monkeypatch, tmp_path):
+    drawn = []
+    for name in ('plot_growth', 'plot_ratios'):
+        monkeypatch.setattr(report, name, lambda results, file, name=name: drawn.append(name))
+    case = {'case': {'batch': 1, 'size': (64, 64)}}
+    other = {'case': {'batch': 2, 'size': (64, 64)}}
+    for results in ([case], [case, other]):
+        report.plot({'results': results}, tmp_path / 'a.png', growth=True)
+    assert drawn == ['plot_ratios', 'plot_growth']
+
+
+def test_memory_counts_what_an_optimized_model_holds():
+    """It has no parameters, and packed weights instead."""
+    from benchmarks.candidates import held_tensors, optimized, our_swin
+
+    arch = {'embed_dims': 16, 'depths': (1, 1), 'num_heads': (1, 1), 'strides': (4, 2), 'out_indices': (0, 1)}
+    model = our_swin(arch, (64, 64)).eval()
+    plain, packed = (sum(t.numel() for t in held_tensors(m)) for m in (model, optimized(model)))
+    assert plain >= sum(p.numel() for p in model.parameters()) and 0.9 * plain < packed < 3 * plain

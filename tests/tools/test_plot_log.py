@@ -1,9 +1,11 @@
-import json
+"""tools/plot_log.py: its picture, table and errors."""
 
 import numpy as np
 import pytest
 from mmengine.visualization import LocalVisBackend
 from PIL import Image
+
+from swin_mm import cli
 
 
 def write(folder, *entries):
@@ -34,57 +36,11 @@ def run(tmp_path):
     return work
 
 
-def test_resumed_runs_are_one_curve_and_metrics_stand_at_iterations(tool, run):
-    problems = []
-    curves = tool('plot_log').curves(tool('plot_log').records(run, problems))
-    assert not problems
-    np.testing.assert_array_equal(curves['loss'].iterations, [2, 4, 6, 8, 10])
-    np.testing.assert_array_equal(curves['loss'].values, [3, 2, 1.5, np.nan, 1.75])
-    np.testing.assert_array_equal(curves['mIoU'].iterations, [4, 8, 10])  # and not the epochs 1, 2, 3
-    np.testing.assert_array_equal(curves['mIoU'].values, [0.5, 0.75, 0.625])
-    assert curves['mIoU'].metric and not curves['loss'].metric
-    assert curves['time'].values.tolist() == [0.5] * 5, 'the time of validation is no time per iteration'
-
-
-def test_metrics_of_training_by_iterations_stand_where_they_were_measured(tool, tmp_path):
-    write(tmp_path / '1', train(50, loss=1.0), (70, {'mIoU': 0.5}), train(100, loss=1.0), (140, {'mIoU': 0.6}))
-    curves = tool('plot_log').curves(tool('plot_log').records(tmp_path, []))
-    assert curves['mIoU'].iterations.tolist() == [70, 140]
-
-
-@pytest.mark.parametrize('count', [1, 2, 3, 8, 50])
-def test_smoothing_is_a_moving_average(tool, count):
-    values = np.random.default_rng(0).normal(size=20)
-    values[[3, 4, 11]] = np.nan, np.inf, np.nan
-    known = np.where(np.isfinite(values), values, np.nan)
-    size = min(count, 20)
-    expected = []
-    for i in range(20):  # for even counts one more of what comes before
-        around = known[max(i - size // 2, 0) : i + (size - 1) // 2 + 1]
-        expected.append(np.nanmean(around) if np.isfinite(around).any() else np.nan)
-    np.testing.assert_allclose(tool('plot_log').smoothed(values, count), expected)
-
-
-def test_what_is_drawn_unless_keys_are_given(tool):
-    module = tool('plot_log')
-    point = np.array([1.0])
-    names = ['lr', 'grad_norm', 'loss', 'loss_cls', 'time', 'data_time', 'memory', 'base_lr']
-    run = {name: module.Curve(point, point, False) for name in names}
-    run |= {name: module.Curve(point, point, True) for name in ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/bbox_mAP_s')}
-    assert module.choose({'a': run}, None) == ['loss', 'lr', 'coco/bbox_mAP', 'loss_cls']
-    assert module.choose({'a': run}, ['*_50', 'loss*', 'loss']) == ['coco/bbox_mAP_50', 'loss', 'loss_cls']
-    many = {f'd{i}.loss_cls': run['loss'] for i in range(30)}
-    chosen = module.choose({'a': many | run}, None)
-    assert len(chosen) == module.MOST and chosen[:3] == ['loss', 'lr', 'coco/bbox_mAP']
-    with pytest.raises(module.cli.InputError, match='no losses, lr or metrics are logged; .* from: time'):
-        module.choose({'a': {'time': run['time']}}, None)
-
-
 def call(tool, monkeypatch, *arguments):
     module = tool('plot_log')
     monkeypatch.setattr('sys.argv', ['plot_log', *map(str, arguments)])
     monkeypatch.setenv('COLUMNS', '120')
-    return module.cli.run(module.main, module.parse_args())
+    return cli.run(module.main, module.parse_args())
 
 
 def test_picture_and_table(tool, run, tmp_path, monkeypatch, capsys):
@@ -103,7 +59,7 @@ def test_picture_and_table(tool, run, tmp_path, monkeypatch, capsys):
     assert '10 iterations, 0.500 s per iteration, 30 MiB' in text and '5 iterations, 0.500 s per iteration' in text
 
 
-def test_lines_and_runs_that_cannot_be_read_are_named(tool, run, tmp_path, monkeypatch, capsys):
+def test_unreadable_lines_and_runs_are_named(tool, run, tmp_path, monkeypatch, capsys):
     log = run / '2/vis_data/scalars.json'
     lines = log.read_text().splitlines()
     log.write_text('\n'.join([*lines[:1], '{"loss": 1.0, "it', '[1, 2]', '{"loss": 2.0}', *lines[1:]]))
@@ -132,10 +88,18 @@ def test_bad_input_is_named(refuse, run):
         'plot_log', run, '--keys', 'loss', 'acc', '--out', 'curves.png'
     )
     assert 'cannot be written' in refuse('plot_log', run, '--out', 'work/1/vis_data/scalars.json/curves.png')
-    assert '--smooth 0: at least 1' in refuse('plot_log', run, '--smooth', '0', '--out', 'curves.png')
+    assert '--smooth 0: expected at least 1' in refuse('plot_log', run, '--smooth', '0', '--out', 'curves.png')
 
 
-def test_a_file_alone_is_a_run(tool, run):
-    path = run / '1/vis_data/scalars.json'
-    assert [r['loss'] for r in tool('plot_log').records(path, []) if 'loss' in r] == [3.0, 2.0, 9.0]
-    assert json.loads(path.read_text().splitlines()[0])['step'] == 2
+def test_markup_and_formulas_in_names(tool, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / '[bold]run$_{'
+    write(folder / '1', train(5, **{'[/b]loss': 1.0, '$x_{$loss': 2.0}))
+    assert call(tool, monkeypatch, folder, '--out', tmp_path / 'curves.svg') == 0
+    printed = capsys.readouterr().out
+    assert '[/b]loss' in printed and '$x_{$loss' in printed and f'{folder}, 5 iterations' in printed
+
+
+def test_more_keys_than_panels(tool, tmp_path, monkeypatch, capsys):
+    write(tmp_path / '1', train(5, **{f'd{i}.loss': 1.0 for i in range(20)}))
+    assert call(tool, monkeypatch, tmp_path, '--out', tmp_path / 'curves.svg') == 0
+    assert 'drawing 12 of 21 keys; --keys draws others: d11.loss' in capsys.readouterr().out

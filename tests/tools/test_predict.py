@@ -1,5 +1,6 @@
+"""tools/predict.py: its files against what mmdet's and mmseg's own interfaces predict."""
+
 import json
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -7,14 +8,10 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
 from PIL import Image
 from pycocotools import mask as run_lengths
 
 from swin_mm import cli
-from swin_mm.analysis import prediction
-from swin_mm.analysis.prediction import Predictor, View, _with_legend
-from swin_mm.utils.files import atomic_write
 
 NAMES = ('circle', 'cross')  # the checkpoint's; the config has others
 
@@ -74,7 +71,6 @@ def images(data, tmp_path):
 @pytest.fixture
 def predict(config, checkpoint, tool, monkeypatch, tmp_path):
     """Run the tool in this process; the folder it filled."""
-    monkeypatch.setattr(prediction, 'use_safe_reader', lambda: None)  # a change to the whole process
 
     def call(*arguments, out='out'):
         module = tool('predict')
@@ -124,7 +120,7 @@ def test_batches_take_images_of_any_size(tiny, expected, predict, images):
         compare(out / path.relative_to(images).with_suffix(''), expected(str(path)), 1e-3)
 
 
-def test_overlay_has_the_pictures_colours_and_a_legend(predict, images, tmp_path):
+def test_the_picture_keeps_its_colours_and_gets_a_legend(predict, images, tmp_path):
     Image.new('RGB', (96, 64), (0, 0, 255)).save(tmp_path / 'blue.png')
     out = predict(tmp_path / 'blue.png').parent
     drawn = np.asarray(Image.open(out / 'vis/blue.jpg')).astype(int)
@@ -148,14 +144,6 @@ def test_a_video_becomes_a_video(expected, predict, images, tmp_path):
     assert (drawn.get(cv2.CAP_PROP_FRAME_COUNT), drawn.get(cv2.CAP_PROP_FPS)) == (3, 7)
 
 
-def test_every_frame_gets_a_legend_of_the_same_even_size():
-    row = ((255, 0, 0), 'class')
-    for width in (400, 401):
-        picture = np.zeros((301, width, 3), np.uint8)
-        shapes = {_with_legend(picture, [row] * count, 'longest class').shape for count in (0, 1, 40)}
-        assert len(shapes) == 1 and all(side % 2 == 0 for side in shapes.pop()[:2])  # the codec cuts odd ones
-
-
 def test_broken_files_are_named_and_skipped(predict, images, tmp_path, capsys):
     whole = (images / 'b.png').read_bytes()
     (images / 'aa.png').write_bytes(whole[: len(whole) // 2])
@@ -163,7 +151,7 @@ def test_broken_files_are_named_and_skipped(predict, images, tmp_path, capsys):
     with pytest.raises(SystemExit, match='2 of 4 inputs skipped'):
         predict(images, '--batch-size', '2')
     printed = capsys.readouterr().out
-    assert 'aa.png: image file is truncated' in printed and 'c.mp4: no frame can be read' in printed
+    assert 'aa.png cannot be read: image file is truncated' in printed and 'c.mp4: no frame can be read' in printed
     assert sorted(path.name for path in (tmp_path / 'out/vis').iterdir()) == ['a.jpg', 'b.jpg'], 'nothing half-written'
 
 
@@ -174,19 +162,6 @@ def test_bfloat16(tiny, predict, images):
     else:
         scores = [np.array(json.loads((folder / 'a.json').read_text())['scores']) for folder in (full, half)]
         assert 0 < np.abs(scores[0] - scores[1]).max() < 0.02
-
-
-def test_autocast_reaches_the_backbone_and_spares_boxes(tiny, checkpoint, images, monkeypatch):
-    monkeypatch.setattr(prediction, 'use_safe_reader', lambda: None)
-    predictor = Predictor(Config.fromfile(tiny.config), str(checkpoint), 'cpu', 'bf16', score_thr=0)
-    dtypes = []
-    predictor.inferencer.model.backbone.register_forward_hook(
-        lambda *_: dtypes.append(torch.is_autocast_enabled('cpu'))
-    )
-    ((_, sample),) = predictor.predict([predictor.view('a', np.zeros((64, 96, 3), np.uint8))])
-    assert dtypes == [True]
-    values = sample.pred_instances.bboxes if tiny.task == 'detection' else sample.seg_logits.data
-    assert values.dtype == torch.float32
 
 
 def test_augmented_prediction_of_a_mirrored_image_is_mirrored(tiny, predict, images, capsys):
@@ -215,7 +190,7 @@ def test_low_scores_are_left_out(tiny, predict, images):
         assert json.loads((out / 'a.json').read_text())['scores'] == []
 
 
-def test_says_what_input_is_wrong(tiny, refuse, checkpoint, images, tmp_path):
+def test_bad_input_is_named(tiny, refuse, checkpoint, images, tmp_path):
     (tmp_path / 'empty').mkdir()
     to = ('--out', 'out')
     assert 'nothing.jpg: no image or video' in refuse('predict', tiny.config, checkpoint, 'nothing.jpg', *to)
@@ -225,46 +200,34 @@ def test_says_what_input_is_wrong(tiny, refuse, checkpoint, images, tmp_path):
     assert 'absent.pth does not exist' in refuse('predict', tiny.config, 'absent.pth', images, *to)
     head = 'roi_head.bbox_head' if tiny.task == 'detection' else 'decode_head'
     error = refuse('predict', tiny.config, checkpoint, images, *to, '--cfg-options', f'model.{head}.num_classes=5')
-    assert 'is not a checkpoint of' in error and head in error
+    assert 'does not cover the whole model' in error and head in error
     scope = 'default_scope=mmpretrain'
     assert 'mmdet or mmseg' in refuse('predict', tiny.config, checkpoint, images, *to, '--cfg-options', scope)
 
 
-def test_names_of_outputs(tool, tmp_path):
-    name = tool('predict').name_outputs
-    assert name(['x/a.png', 'x/b.png']) == {'x/a.png': 'a', 'x/b.png': 'b'}
-    assert name(['x/a.png', 'y/a.png']) == {'x/a.png': 'x/a', 'y/a.png': 'y/a'}
-    assert name(['x/a.png', 'x/a.jpg', 'x/b.c.jpg']) == {'x/a.png': 'a.png', 'x/a.jpg': 'a.jpg', 'x/b.c.jpg': 'b.c'}
+def test_a_long_name(predict, images):
+    (images / 'a.png').rename(images / f'{"a" * 245}.png')
+    out = predict(images / f'{"a" * 245}.png')
+    assert [path.stem for path in out.iterdir()] == ['a' * 245]
+    assert [path.name for path in (out.parent / 'vis').iterdir()] == ['a' * 245 + '.jpg']
 
 
-def test_panoptic_segments(tmp_path):
-    pytest.importorskip('mmdet')
-    from mmdet.structures import DetDataSample
-    from mmdet.visualization import DetLocalVisualizer
-
-    predictor = object.__new__(Predictor)
-    predictor.detects, predictor.classes, predictor.palette = True, ['cat', 'dog', 'sky'], [(255, 0, 0)] * 3
-    predictor.inferencer = SimpleNamespace(visualizer=DetLocalVisualizer())
-    predictor.inferencer.visualizer.dataset_meta = {'classes': predictor.classes, 'palette': predictor.palette}
-    ids = torch.full((40, 60), 3)  # as many as classes: void
-    ids[:10], ids[10:20, :30], ids[10:20, 30:] = 2, 1000, 2000  # sky and two cats
-    sample = DetDataSample(pred_panoptic_seg=PixelData(sem_seg=ids[None]))
-    view = View('scene', np.zeros((40, 60, 3), np.uint8), {})
-    predictor.save(view, sample, tmp_path)
-    found = json.loads((tmp_path / 'scene.json').read_text())['segments_info']
-    assert sorted((row['name'], row['area']) for row in found) == [('cat', 300), ('cat', 300), ('sky', 600)]
-    pixels = labels(tmp_path / 'scene.png') @ [1, 256, 65536]
-    assert (pixels[20:] == 0).all()
-    for row in found:
-        assert (pixels == row['id']).sum() == row['area']
-    assert predictor.draw(view, sample).shape[1] > 60
-    empty = DetDataSample(pred_panoptic_seg=PixelData(sem_seg=ids[None] * 0 + 3))
-    assert predictor.draw(view, empty).shape[1] > 60, 'mmdet cannot draw what holds no segment'
+def test_tiles(tiny, predict, images):
+    """A tile as large as the image changes nothing; smaller ones give a result of the image's size."""
+    whole, same = predict(images / 'a.png'), predict(images / 'a.png', '--tile', '96', out='same')
+    parts = predict(images / 'a.png', '--tile', '48', '--overlap', '0.3', '--batch-size', '2', out='parts')
+    if tiny.task == 'segmentation':
+        assert (labels(whole / 'a.png') == labels(same / 'a.png')).all()
+        assert labels(parts / 'a.png').shape == (64, 96)
+    else:
+        assert (whole / 'a.json').read_text() == (same / 'a.json').read_text()
+        found = json.loads((parts / 'a.json').read_text())
+        assert found['masks'] and all(mask['size'] == [64, 96] for mask in found['masks'])
+        boxes = np.array(found['bboxes'])
+        assert (boxes[:, 2] > 60).any() and (boxes[:, [0, 1]] >= 0).all() and (boxes <= [96, 64, 96, 64]).all()
 
 
-def test_a_file_takes_its_place_whole_or_not_at_all(tmp_path):
-    (tmp_path / 'a.txt').write_text('old')
-    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / 'a.txt') as file:
-        file.write_text('half')
-        raise ZeroDivisionError
-    assert [path.read_text() for path in tmp_path.iterdir()] == ['old']
+def test_tile_and_overlap_are_checked(tiny, refuse, checkpoint, images):
+    arguments = (tiny.config, checkpoint, images, '--out', 'out', '--tile')
+    assert 'tile 8, overlap 0.2: expected at least 32' in refuse('predict', *arguments, '8')
+    assert 'tile 64, overlap 1.0: expected' in refuse('predict', *arguments, '64', '--overlap', '1')

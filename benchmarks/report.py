@@ -1,4 +1,4 @@
-"""What the seconds that tools/benchmark.py measures say: ratios, floors, bars, the table and the plot."""
+"""What the measured seconds mean: ratios, floors, bars, tables and plots."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from swin_mm.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def summarise(result: dict) -> None:
             row['share'] = quartiles(own / seconds[kind])
 
 
-def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table."""
     try:
         from rich import box
@@ -94,6 +96,25 @@ def show(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     Console(highlight=False, markup=False, width=160).print(table)
 
 
+def show(record: dict) -> None:
+    """Print the tables of a record."""
+    show_results(record['results'])
+    show_machine(record)
+    if record.get('bars'):
+        show_bars(record['bars'])
+
+
+def plot(record: dict, file: Path, growth: bool) -> None:
+    """Draw ratios, or growth if several sizes were measured.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    pixels = {(r['case']['batch'], *r['case']['size']) for r in record['results']}
+    with atomic_write(file) as part:
+        (plot_growth if growth and len(pixels) > 1 else plot_ratios)(record['results'], part)
+
+
 def show_results(results: list[dict]) -> None:
     """Print the table of all cases, medians with quartiles."""
     rows = []
@@ -105,7 +126,7 @@ def show_results(results: list[dict]) -> None:
             cells = [f'{rate:.4g}' if rate else '', ratio, f'{floor[0]:.2f}' if floor else '']
             cells += [f'{memory / 1e6:.0f}' if memory else '', row.get('note', share)]
             rows.append([result['name'] if name == next(iter(result['rows'])) else '', name, ms, *cells])
-    show('results', ('case', 'candidate', 'ms', 'images/s', 'time / ours', 'x floor', 'MB', ''), rows)
+    print_table('results', ('case', 'candidate', 'ms', 'images/s', 'time / ours', 'x floor', 'MB', ''), rows)
 
 
 def show_machine(record: dict) -> None:
@@ -124,7 +145,7 @@ def show_machine(record: dict) -> None:
 def show_bars(bars: list[dict]) -> None:
     """Print the table of bars."""
     rows = [[b['name'], b['what'], f'{b["measured"] or math.nan:.3g}', b['asked'], b['verdict']] for b in bars]
-    show('bars', ('case', 'what', 'measured', 'asked', ''), rows)
+    print_table('bars', ('case', 'what', 'measured', 'asked', ''), rows)
 
 
 def plot_ratios(results: list[dict], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who takes part in tools/benchmark.py: backbones and whole models, and what each does when its turn comes."""
+"""The candidates: backbones and whole models, and what each does when its turn comes."""
 
 import itertools
 import logging
@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import swin_mm
-from swin_mm.models.derived import evaluating
-from swin_mm.models.graphs import GraphedForward
 from swin_mm.models.swin import SwinPyramid
 from swin_mm.ops.attention import KERNELS
 
@@ -77,45 +75,66 @@ def our_swin(arch: dict, size: Size, **options: object) -> nn.Module:
     return Swin(**arch, drop_path_rate=0.0, **options)
 
 
-def graphed_swin(arch: dict, size: Size) -> nn.Module:
-    """Ours with what the backbone's ``cuda_graphs`` does, which is there without mmengine too."""
-    model = our_swin(arch, size)
-    forward, graphed = model.forward, GraphedForward(model, model.forward, 1)
-    model.forward = lambda x: (graphed if x.is_cuda and len(x) == 1 and evaluating(model) else forward)(x)
-    return model
+def optimized(model: nn.Module) -> nn.Module:
+    """What users get from ``swin_mm.optimize_for_inference``."""
+    from swin_mm.models.inference import optimize_for_inference
+
+    return optimize_for_inference(model)
 
 
 # Name -> what builds it from an arch and the size of images. --kernels NAME times ours/NAME.
 RIVALS = {'mmdet': mmdet_swin, 'transformers': transformers_swin, 'timm': timm_swin}
-OURS = {'ours': our_swin, 'ours/graphs': graphed_swin}
+OPTIMIZED = 'ours/optimized'  # inference only; the plain model until it has its weights, see Bench.build
+OURS = {'ours': our_swin, OPTIMIZED: our_swin}
 OURS |= {f'ours/{kernel}': partial(our_swin, attention=kernel) for kernel in KERNELS}
 CANDIDATES = RIVALS | OURS
 AUTOCAST = ('mmdet', 'stock')  # their masks stay fp32, which rules out weights of another type
 TWINS = ('mmdet', 'stock', 'ours')  # get the same weights and are compared
 
 
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """Every tensor that a model holds: parameters, buffers and plain attributes, which optimized models have."""
+    found: dict[int, Tensor] = {}
+    waiting: list[object] = [model]
+    seen = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            found[id(value)] = value
+        elif isinstance(value, nn.Module):
+            waiting += vars(value).values()
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return list(found.values())
+
+
 def whole_model(kind: str, case: Case, device: str, quick: bool) -> tuple[nn.Module, dict]:
-    """A detector or segmentor with the stock backbone or ours, and a batch of noise with things labelled in it."""
+    """A detector or segmentor with the stock backbone or ours, and a batch of noise with labelled objects in it."""
     from mmengine.config import Config
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
     config = Config.fromfile(ROOT / 'configs' / CONFIGS[case.task][quick])
     init_default_scope(config.default_scope)
-    scope = 'swin_mm' if kind == 'ours' else config.default_scope
+    scope = 'swin_mm' if kind.startswith('ours') else config.default_scope
     config.model.backbone.update(type=f'{scope}.SwinTransformer', init_cfg=None, drop_path_rate=0.0)
     model = revert_sync_batchnorm(MODELS.build(config.model)).to(device)
     shape = (3, *case.size)
     if case.task == 'detection':
         from mmdet.testing import demo_mm_inputs
 
-        # One class in every proposal, so that there are as many objects as the config keeps, each with a mask to find.
+        # One class in every proposal, so that there are as many objects as the config keeps, each with a mask.
         nn.init.constant_(model.roi_head.bbox_head.fc_cls.bias[:1], 5.0)
         return model, demo_mm_inputs(case.batch, [shape] * case.batch, [8] * case.batch, with_mask=True, device=device)
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    torch.manual_seed(0)  # the images shall not depend on what building the model took of the random numbers
+    torch.manual_seed(0)  # the images must not depend on how many random numbers the model took
     sample = SegDataSample(metainfo={'img_shape': case.size, 'ori_shape': case.size})
     sample.gt_sem_seg = PixelData(data=torch.randint(3, (1, *case.size), device=device))
     images = torch.randint(256, (case.batch, *shape), dtype=torch.uint8, device=device)
@@ -172,13 +191,13 @@ class Bench:
     """Makes the candidates of a case ready, one after the other."""
 
     def __init__(self, case: Case, device: str, arch: dict, quick: bool) -> None:
-        """Args: the case, 'cpu' or 'cuda', the arguments that size a backbone, and whether whole models are tiny."""
+        """Take the case, 'cpu' or 'cuda', the arguments that size a backbone, and whether whole models are tiny."""
         self.case, self.device, self.arch, self.quick = case, device, arch, quick
         self.dtype = DTYPES[case.dtype]
         self.training = case.what == TRAIN
         self.weights: dict[str, Tensor] | None = None
         if case.task == 'backbone':
-            # More images than the cache holds, so that none is in it when its turn comes.
+            # More images than fit the cache, so that none is in it when its turn comes.
             cache = torch.cuda.get_device_properties(0).L2_cache_size if device == 'cuda' else 32 << 20
             shape = (case.batch, 3, *case.size)
             pool = torch.randn(1 + 2 * cache // (4 * math.prod(shape)), *shape, device=device)
@@ -200,6 +219,8 @@ class Bench:
         own = torch.float32 if mixed else self.dtype
         model.to(own)
         model.train(self.training)
+        if kind == OPTIMIZED:
+            model = optimized(model)
         context = torch.autocast(self.device, self.dtype) if own != self.dtype else nullcontext()
         if not whole:
             run = self.compile(model) if mode else model
@@ -210,19 +231,19 @@ class Bench:
         return model, backbone_step(model.backbone, model.backbone, images, self.training, context)
 
     def give_weights(self, model: nn.Module) -> None:
-        """Those of the first twin, whose biases, norms and tables get values that matter: a wrong use shall show."""
+        """Give a model the weights of the first twin; its biases, norms and tables are random so that misuse shows."""
         if self.weights is None:
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1 or 'bias_table' in name:
                     parameter.data += 0.1 * torch.randn_like(parameter)
             self.weights = {key: value.to('cpu', copy=True) for key, value in model.state_dict().items()}
         else:
-            logging.disable(logging.INFO)  # an account of what was loaded
+            logging.disable(logging.INFO)  # a report of what was loaded
             model.load_state_dict(self.weights)
             logging.disable(logging.NOTSET)
 
     def compile(self, model: nn.Module) -> Callable:
-        """The model compiled, for inference on a GPU into CUDA graphs, since launches would take longest there."""
+        """Compile the model; for inference on a GPU into CUDA graphs, since launches would take longest there."""
         if self.quick:
             return torch.compile(model, backend='eager')
         graphs = self.device == 'cuda' and not self.training
@@ -245,6 +266,6 @@ class Bench:
             second = step()
         events = [event for event in account.profiler.kineto_results.events() if event.name() == '[memory]']
         events.sort(key=lambda event: event.start_ns())
-        held = sum(t.nbytes for t in itertools.chain(model.parameters(), model.buffers()))
+        held = sum(t.numel() * t.element_size() for t in held_tensors(model))
         peak = held + max(itertools.accumulate((event.nbytes() for event in events), initial=0))
         return step, [t.float() for t in first or second], peak

@@ -1,0 +1,261 @@
+"""Parts of predictions: names, formats, drawing, tiles."""
+
+import errno
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from PIL import Image
+from pycocotools import mask as coco
+
+from swin_mm.analysis import prediction
+from swin_mm.analysis.drawing import draw_instances, draw_label_map, with_legend
+from swin_mm.analysis.images import displayable, image_reader
+from swin_mm.analysis.prediction import Predictor, View, draw_prediction, name_outputs, save_prediction
+from swin_mm.analysis.tiles import PlacedMask, Tile, encode_mask, merge_instances, paste_labels, split_into_tiles
+from swin_mm.utils.errors import CheckpointError, InputError
+
+CLASSES, PALETTE = ['cat', 'dog', 'sky'], [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def build(config, folder):
+    """A model with random weights and its checkpoint."""
+    cfg = Config.fromfile(config)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    torch.save({'state_dict': model.state_dict()}, folder / 'weights.pth')
+    return cfg, str(folder / 'weights.pth')
+
+
+def test_names_of_outputs():
+    assert name_outputs(['x/a.png', 'x/b.png']) == {'x/a.png': 'a', 'x/b.png': 'b'}
+    assert name_outputs(['x/a.png', 'y/a.png']) == {'x/a.png': 'x/a', 'y/a.png': 'y/a'}
+    assert name_outputs(['x/a.png', 'x/a.jpg', 'x/b.c.jpg']) == {
+        'x/a.png': 'a.png',
+        'x/a.jpg': 'a.jpg',
+        'x/b.c.jpg': 'b.c',
+    }
+
+
+def test_names_that_are_too_long_are_cut_and_stay_different():
+    first, second = (f'x/{"é" * 124}{end}.png' for end in 'ab')  # 249 bytes without the suffix
+    names = name_outputs([first, second])
+    assert names[first] != names[second] and names[first].startswith('é' * 100)
+    assert all(len(f'{name}.json'.encode()) <= 255 for name in names.values())
+
+
+def test_autocast_reaches_the_backbone_and_spares_boxes(tiny, tmp_path):
+    predictor = Predictor(*build(tiny.config, tmp_path), 'cpu', 'bf16', score_thr=0)
+    dtypes = []
+    predictor.inferencer.model.backbone.register_forward_hook(
+        lambda *_: dtypes.append(torch.is_autocast_enabled('cpu'))
+    )
+    ((_, sample),) = predictor.predict([View('a', np.zeros((64, 96, 3), np.uint8))])
+    assert dtypes == [True]
+    values = sample.pred_instances.bboxes if tiny.task == 'detection' else sample.seg_logits.data
+    assert values.dtype == torch.float32
+
+
+def test_a_checkpoint_that_lacks_a_head_is_refused(tiny, tmp_path):
+    cfg, checkpoint = build(tiny.config, tmp_path)
+    state = torch.load(checkpoint)['state_dict']
+    head = 'rpn_head.' if tiny.task == 'detection' else 'decode_head.'
+    torch.save({'state_dict': {k: v for k, v in state.items() if not k.startswith(head)}}, checkpoint)
+    with pytest.raises(CheckpointError, match=head):
+        Predictor(cfg, checkpoint, 'cpu')
+
+
+def test_weights_saved_from_data_parallel_training(tiny, tmp_path):
+    cfg, checkpoint = build(tiny.config, tmp_path)
+    state = torch.load(checkpoint)['state_dict']
+    torch.save({f'module.{key}': value for key, value in state.items()}, checkpoint)
+    loaded = dict(Predictor(cfg, checkpoint, 'cpu').inferencer.model.named_parameters())  # of all but the backbone
+    assert len(loaded) > 10 and all(torch.equal(value, state[key]) for key, value in loaded.items())
+
+
+def test_four_channels_of_sixteen_bits(data, tmp_path):
+    pytest.importorskip('mmseg')
+    from support.tool_fixtures import make_tiny
+
+    config = tmp_path / 'four.py'
+    tiny = make_tiny('segmentation', data, tmp_path)
+    config.write_text(
+        f"_base_ = r'{tiny.config}'\n"
+        'model = dict(backbone=dict(in_channels=4), data_preprocessor=dict(mean=None, std=None, bgr_to_rgb=False))\n'
+        "load = dict(type='LoadImageFromFile', color_type='unchanged', imdecode_backend='cv2')\n"
+        "pipeline = [load, dict(type='Resize', scale=(96, 64), keep_ratio=True), dict(type='PackSegInputs')]\n"
+        'test_dataloader = dict(dataset=dict(pipeline=pipeline))\n'
+    )
+    pixels = np.random.default_rng(0).integers(0, 65536, (64, 96, 4)).astype(np.uint16)
+    assert cv2.imwrite(str(tmp_path / 'a.tiff'), pixels)
+    predictor = Predictor(*build(config, tmp_path), 'cpu')
+    inputs = []
+    predictor.inferencer.model.backbone.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    view = View('a', predictor.read(str(tmp_path / 'a.tiff')))
+    ((_, sample),) = predictor.predict([view])
+    np.testing.assert_array_equal(inputs[0][0].numpy(), pixels.transpose(2, 0, 1).astype(np.float32))
+    drawn = predictor.draw(view, sample)
+    assert drawn.dtype == np.uint8 and drawn[:64, :96].std() > 10
+
+
+def test_displayable():
+    colours = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    assert (displayable(colours) == colours[..., ::-1]).all()
+    assert (displayable(np.dstack([colours, colours[..., :1]])) == colours[..., ::-1]).all()
+    grey = np.linspace(0, 65535, 10000).astype(np.uint16).reshape(100, 100)
+    shown = displayable(grey)
+    assert shown.shape == (100, 100, 3) and shown.min() == 0 and shown.max() == 255 and 126 < shown.mean() < 129
+
+
+def test_a_truncated_image_is_refused(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / 'a.jpg')
+    content = (tmp_path / 'a.jpg').read_bytes()
+    (tmp_path / 'a.jpg').write_bytes(content[: len(content) // 2])
+    assert cv2.imread(str(tmp_path / 'a.jpg')) is not None, 'OpenCV fills the rest'
+    with pytest.raises(InputError, match='truncated'):
+        image_reader(Config())(str(tmp_path / 'a.jpg'))
+
+
+def test_legends_have_one_even_size():
+    row = ((255, 0, 0), 'class')
+    for width in (400, 401):
+        picture = np.zeros((301, width, 3), np.uint8)
+        shapes = {with_legend(picture, [row] * count, 'longest class').shape for count in (0, 1, 40)}
+        assert len(shapes) == 1 and all(side % 2 == 0 for side in shapes.pop()[:2])
+
+
+def test_regions_are_outlined_and_the_picture_stays_visible():
+    picture = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
+    labels = np.full((100, 100), 9)  # void
+    labels[20:60, 20:60], labels[20:60, 60:80] = 0, 1
+    drawn = draw_label_map(picture, labels, PALETTE)
+    assert (drawn[labels == 9] == picture[labels == 9]).all()
+    edge = np.zeros((100, 100), bool)
+    edge[20:60, 20:80] = True
+    edge[21:59, 21:59] = edge[21:59, 61:79] = False
+    colours = np.array(PALETTE)[np.where(labels == 9, 0, labels)]
+    assert (drawn[edge] == colours[edge]).all()
+    inside = drawn[25:55, 25:55].astype(float), picture[25:55, 25:55].astype(float)
+    assert np.corrcoef(inside[0][..., 1].ravel(), inside[1][..., 1].ravel())[0, 1] > 0.99
+
+
+def test_objects_are_outlined_by_mask_or_box():
+    picture, mask = np.zeros((100, 100, 3), np.uint8), np.zeros((1, 100, 100), bool)
+    mask[0, 30:50, 40:70] = True
+    boxes, labels = np.array([[40.0, 30, 69, 49]]), np.array([1])
+    outline = np.zeros((100, 100), bool)
+    outline[30:50, 40:70] = True
+    outline[31:49, 41:69] = False
+    for masks in (mask, [PlacedMask.crop(mask[0])], None):
+        drawn = draw_instances(picture, boxes, labels, PALETTE, masks)
+        assert ((drawn == PALETTE[1]).all(-1) == outline).all()
+    scored = draw_instances(picture, boxes, labels, PALETTE, mask, np.array([0.5]))
+    assert ((scored == PALETTE[1]).all(-1) != outline).any()
+
+
+@pytest.fixture
+def panoptic():
+    ids = torch.full((40, 60), 3)  # the number of classes: void
+    ids[:10], ids[10:20, :30], ids[10:20, 30:] = 2, 1000, 2000  # sky and two cats
+    mmdet = pytest.importorskip('mmdet.structures')
+    return mmdet.DetDataSample(pred_panoptic_seg=PixelData(sem_seg=ids[None]))
+
+
+def test_panoptic_segments(panoptic, tmp_path):
+    save_prediction(panoptic, (40, 60), CLASSES, PALETTE, tmp_path / 'scene')
+    found = json.loads((tmp_path / 'scene.json').read_text())['segments_info']
+    assert sorted((row['name'], row['area']) for row in found) == [('cat', 300), ('cat', 300), ('sky', 600)]
+    pixels = np.asarray(Image.open(tmp_path / 'scene.png')) @ [1, 256, 65536]
+    assert (pixels[20:] == 0).all()
+    for row in found:
+        assert (pixels == row['id']).sum() == row['area']
+    drawn = draw_prediction(np.zeros((40, 60, 3), np.uint8), panoptic, CLASSES, PALETTE)
+    assert drawn.shape[1] > 60
+    assert (drawn[15, 29] == PALETTE[0]).all() and (drawn[15, 30] == PALETTE[0]).all(), 'the cats are separated'
+    panoptic.pred_panoptic_seg.sem_seg[:] = 3
+    assert draw_prediction(np.zeros((40, 60, 3), np.uint8), panoptic, CLASSES, PALETTE).shape[1] > 60
+
+
+@pytest.mark.parametrize('suffix', ['png', 'json'])
+def test_a_full_disk_leaves_no_part_of_a_file(panoptic, tmp_path, monkeypatch, suffix):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    monkeypatch.setattr(*((Image.Image, 'save') if suffix == 'png' else (prediction.Path, 'write_text')), full)
+    with pytest.raises(InputError, match=rf'scene.{suffix} cannot be written: No space left on device'):
+        save_prediction(panoptic, (40, 60), CLASSES, PALETTE, tmp_path / 'scene')
+    assert {path.name for path in tmp_path.iterdir()} <= {'scene.png'} - {f'scene.{suffix}'}
+
+
+def test_a_video_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2.VideoWriter, 'write', lambda *_: None, raising=False)
+    writes = type('Silent', (), {'__init__': lambda *_: None, 'write': lambda *_: None, 'release': lambda _: None})
+    monkeypatch.setattr(cv2, 'VideoWriter', writes)
+    monkeypatch.setattr(cv2, 'VideoWriter_fourcc', lambda *_: 0, raising=False)
+    with pytest.raises(InputError, match='is the disk full'):
+        prediction.write_video(tmp_path / 'a.mp4', 25, [np.zeros((32, 32, 3), np.uint8)] * 3)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('size, side, overlap', [((100, 250), 64, 0.25), ((64, 64), 64, 0.2), ((30, 200), 50, 0.0)])
+def test_tiles_cover_the_image_and_labels_are_joined(size, side, overlap):
+    labels = np.random.default_rng(0).integers(0, 200, size, dtype=np.uint8)
+    joined, times = np.full(size, 255, np.uint8), np.zeros(size, int)
+    tiles = list(split_into_tiles(size, side, overlap))
+    for tile in tiles:
+        part = labels[tile.pixels].copy()
+        assert part.shape == (min(side, size[0]), min(side, size[1]))
+        if len(tiles) > 1 and overlap:  # what is next to an inner edge must not be used
+            for axis, at in ((0, 0), (1, 0), (0, -1), (1, -1)):
+                if tile.overlaps[axis if at == 0 else axis + 2]:
+                    np.moveaxis(part, axis, 0)[at] = 255
+        paste_labels(joined, part, tile)
+        times[tile.pixels] += 1
+    assert (joined == labels).all() and times.min() == 1
+    shared = [t.overlaps for t in tiles]
+    assert all(o == 0 or o >= overlap * side - 1 for each in shared for o in each)
+
+
+def test_run_lengths_of_a_placed_mask():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        mask = np.zeros((20, 30), bool)
+        top, left = random.integers(0, 15), random.integers(0, 25)
+        mask[top : top + 8, left : left + 8] = random.random((20, 30))[top : top + 8, left : left + 8] > 0.3
+        mask[:, 3] |= random.random() > 0.5  # a whole column
+        expected = coco.encode(np.asfortranarray(mask, np.uint8))
+        placed = PlacedMask.crop(mask[2:, 1:], 2, 1) if not mask[:2].any() and not mask[:, 0].any() else None
+        for found in (encode_mask(PlacedMask.crop(mask), (20, 30)), placed and encode_mask(placed, (20, 30))):
+            assert found is None or found == {'size': [20, 30], 'counts': expected['counts'].decode()}
+
+
+def test_objects_of_tiles_are_merged():
+    pytest.importorskip('mmcv.ops')
+    tiles = Tile(0, 0, 100, 100, (0, 0, 0, 30)), Tile(0, 70, 100, 170, (0, 30, 0, 0))
+
+    def objects(*boxes):
+        masks = np.zeros((len(boxes), 100, 100), bool)
+        for mask, (x1, y1, x2, y2, _) in zip(masks, boxes, strict=True):
+            mask[y1:y2, x1:x2] = True
+        values = torch.tensor(boxes, dtype=torch.float)
+        return InstanceData(
+            bboxes=values[:, :4], scores=values[:, 4], labels=torch.zeros(len(boxes), dtype=torch.long), masks=masks
+        )
+
+    first = (5, 5, 20, 20, 0.9), (75, 10, 90, 30, 0.8), (90, 50, 100, 60, 0.99), (40, 70, 100, 90, 0.5)
+    merged = merge_instances(
+        [
+            # Alone; in both tiles; cut, and whole in the other; cut, and too large for the overlap.
+            (tiles[0], objects(*first)),
+            (tiles[1], objects((5, 10, 20, 30, 0.7), (20, 50, 35, 60, 0.6))),
+        ]
+    )
+    assert merged.bboxes.tolist() == [[5, 5, 20, 20], [75, 10, 90, 30], [90, 50, 105, 60], [40, 70, 100, 90]]
+    assert merged.scores.tolist() == pytest.approx([0.9, 0.8, 0.6, 0.5])
+    for mask, (x1, y1, x2, y2) in zip(merged.masks, merged.bboxes.int().tolist(), strict=True):
+        assert (mask.left, mask.top) == (x1, y1) and mask.pixels.shape == (y2 - y1, x2 - x1)
