@@ -36,10 +36,11 @@ def match_objects(truth: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray,
     Returns:
         Which predictions are right, bool (m,), and which annotated objects were found, bool (n,).
     """
-    flat_truth = truth.reshape(len(truth), -1).astype(np.float32)
-    flat_predicted = predicted.reshape(len(predicted), -1).astype(np.float32)
+    pixels = truth.shape[1] * truth.shape[2]
+    flat_truth = truth.reshape(-1, pixels).astype(np.float32)
+    flat_predicted = predicted.reshape(-1, pixels).astype(np.float32)
     overlap = flat_predicted @ flat_truth.T
-    union = flat_predicted.sum(1)[:, None] + flat_truth.sum(1)[None] - overlap
+    union = flat_predicted.sum(1)[:, None] + flat_truth.sum(1) - overlap
     iou = overlap / np.maximum(union, 1)
     right, found = np.zeros(len(predicted), bool), np.zeros(len(truth), bool)
     for index, row in enumerate(iou):
