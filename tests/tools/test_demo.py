@@ -1,5 +1,6 @@
 """The demo: what stops it says so in one line and leaves nothing behind; it reaches its required metrics."""
 
+import json
 import os
 import shutil
 import signal
@@ -72,6 +73,24 @@ def test_a_killed_demo_ends_its_training(folder):
 def children(pid: int) -> list[int]:
     listed = subprocess.run(['ps', '--ppid', str(pid), '-o', 'pid='], capture_output=True, text=True, check=False)
     return [int(word) for word in listed.stdout.split()]
+
+
+def test_progress_comes_from_training_records(tool, tmp_path):
+    demo = tool('demo')
+    assert demo.last_training_record(tmp_path) == {}
+    file = tmp_path / '20260101_000000/vis_data/scalars.json'
+    file.parent.mkdir(parents=True)
+    records = [{'loss': 2.0, 'step': 10}, {'loss': 1.0, 'step': 20}, {'coco/bbox_mAP': 0.5, 'step': 2}]
+    file.write_text(''.join(f'{json.dumps(record)}\n' for record in records))
+    assert demo.last_training_record(tmp_path) == records[1]
+
+
+@pytest.mark.parametrize(
+    'config, iterations', [('mask-rcnn_swin-nano_fpn_nuclei', 4 * 68), ('upernet_swin-nano_nuclei', 240)]
+)
+def test_the_length_of_a_training(tool, monkeypatch, config, iterations):
+    monkeypatch.chdir(ROOT)
+    assert tool('demo').count_iterations(ROOT / f'configs/nuclei/{config}.py') == iterations
 
 
 @pytest.mark.slow
