@@ -70,9 +70,17 @@ def parse_args() -> Namespace:
 
 
 def main(args: Namespace) -> None:
-    """Run everything and check the metrics."""
+    """Run the demo in a new folder."""
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the tool it runs ends with it
     out = make_folder(args.out or Path('demo', time.strftime('%Y%m%d_%H%M%S')))
+    try:
+        run_demo(out)
+    except OSError as error:  # a full disk, for instance
+        raise InputError(f'{error.filename or out} cannot be read or written: {error.strerror or error}') from error
+
+
+def run_demo(out: Path) -> None:
+    """Train, test and draw both models, and check the metrics."""
     console = Console()
     table = Table('model', 'metric', 'on val', 'required', 'training', 'test', title='Swin from random weights, on CPU')
     failed = []
@@ -94,7 +102,7 @@ def main(args: Namespace) -> None:
     with (out / 'pictures.log').open('w') as log, redirect_stdout(log), redirect_stderr(log):
         pictures = draw(out)
     console.print(table)
-    console.print(f'pictures: {pictures}\ncheckpoints and logs: {out}', soft_wrap=True, highlight=False)
+    console.print(f'pictures: {pictures}\ncheckpoints and logs: {out}', markup=False, highlight=False, soft_wrap=True)
     if failed:
         sys.exit(f'training went through, but {", ".join(failed)} did not reach the required value')
 
@@ -134,7 +142,9 @@ def run_tool(progress: Progress, task: Task, name: str, work_dir: Path, config: 
     """
     command = [f'tools/{name}.py', str(config), *arguments, '--work-dir', str(work_dir)]
     log = work_dir.with_suffix('.log')
-    progress.console.print(f'$ python {" ".join(command)} > {log}', style='dim', highlight=False, soft_wrap=True)
+    progress.console.print(
+        f'$ python {" ".join(command)} > {log}', style='dim', markup=False, highlight=False, soft_wrap=True
+    )
     total = count_iterations(config) if name == 'train' else None
     bar = progress.add_task(f'{task.name}, {name}', total=total, loss='')
     start = time.perf_counter()
