@@ -57,14 +57,13 @@ setup(
         'all': ALL,
         'hub': ['huggingface_hub'],  # hf:// addresses of weights
         'onnx': ONNX,  # tools/export.py --to onnx
-        # transformers: the reference that V2 is tested against; scikit-learn: the pictures of the demo.
+        # transformers: the reference that V2 is tested against.
         'dev': [
             *ONNX,
             'huggingface_hub',
             'pytest',
             'pytest-xdist',
             'ruff',
-            'scikit-learn',
             'tensorboard',
             'transformers>=4.45',
             'triton; platform_system == "Linux"',  # interprets and compiles the kernels without a GPU

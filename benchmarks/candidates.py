@@ -25,8 +25,8 @@ Size = tuple[int, int]
 Step = Callable[[], Sequence[Tensor]]
 # A config with Swin-T, and a tiny one.
 CONFIGS = {
-    'detection': ('mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', 'demo/mask-rcnn_swin-nano_fpn_digits.py'),
-    'segmentation': ('upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512x512.py', 'demo/upernet_swin-nano_digits.py'),
+    'detection': ('mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', 'nuclei/mask-rcnn_swin-nano_fpn_nuclei.py'),
+    'segmentation': ('upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512x512.py', 'nuclei/upernet_swin-nano_nuclei.py'),
 }
 
 

@@ -52,7 +52,7 @@ NOT_RUN = {
     r'python tools/demo\.py ': 'takes minutes; tests/tools/test_demo.py',
     r'python tools/export\.py ': 'takes up to a minute; tests/tools/test_export.py. Its arguments are read below',
 }
-QUICK = {'benchmark.py': ['--quick', '--device', 'cpu'], 'make_demo_data.py': ['--train', '2', '--val', '1']}
+QUICK = {'benchmark.py': ['--quick', '--device', 'cpu']}
 SLOW = r'--preset (models|gpu)'
 FENCED = re.compile(r'^ *```(.*?)\n(.*?)^ *```$', re.DOTALL | re.MULTILINE)
 STARTS_COMMANDS = re.compile(r'(\w+=\S+ )*(python|pip|make|git|cd|mkdir|ln|\.|tools/\w+\.sh) ')
@@ -167,21 +167,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ('train', 'val'):
         coco = f'data/coco/annotations/instances_{split}2017.json'
         instances(split, f'data/coco/{split}2017', coco, list(CocoDataset.METAINFO['classes']))
-        nuclei = f'data/nuclei_cc0/annotations/instances_{split}.json'
-        instances(split, f'data/nuclei_cc0/{split}', nuclei, ['nucleus'])
-        demo = f'demo/data/annotations/instances_{split}.json'
-        instances(split, f'demo/data/{split}', demo, list('0123456789'))
+        for own in ('nuclei', 'mine'):
+            instances(split, f'data/{own}/{split}', f'data/{own}/annotations/{split}.json', ['nucleus'])
+            masks = folder / f'data/{own}/masks/{split}'
+            masks.mkdir(parents=True)
+            for image in (folder / f'data/{own}/{split}').iterdir():
+                cv2.imwrite(str(masks / f'{image.stem}.png'), np.eye(64, 96, dtype=np.uint8))
         instances(split, f'data/custom/{split}', f'data/custom/annotations/{split}.json', ['cat', 'dog'])
-    for semantic in ('data/ade/ADEChallengeData2016', 'data/custom', 'demo/data'):
+    for semantic in ('data/ade/ADEChallengeData2016', 'data/custom'):
         shutil.copytree(made / 'ade', folder / semantic, dirs_exist_ok=True)
     return folder
 
 
 def clone(place: Path, folder: Path) -> Path:
-    """The root of the repository as commands see it."""
-    (folder / 'demo').mkdir()
-    for name in ('configs', 'tools', 'data', 'demo/data'):
+    """The root of the repository as commands see it, with the configs that pages tell the reader to write."""
+    for name in ('configs', 'tools', 'data'):
         (folder / name).symlink_to(place / name)
+    for block in PYTHON:
+        if written := re.match(r'# (\w+\.py)\n', block.text):
+            (folder / written[1]).write_text(block.text)
     return folder
 
 
@@ -296,16 +300,17 @@ WRITES = ('--out', '--show-dir', '--work-dir')
 def provide(name: str, config: str, folder: Path, runs) -> str:
     """Make the file that is called so, unless it is there; the name to use."""
     path = folder / name
-    if path.exists() or '::' in name or name.startswith(('configs/', 'tools/', 'data/', 'demo/data/')):
+    if path.exists() or '::' in name or name.startswith(('configs/', 'tools/', 'data/')):
         return name  # what is not there shall be missed
     if '://' in name:
         assert name in published(), 'no library that is installed publishes this file'
         path = folder / 'downloaded.pth'
         shutil.copy(next(runs(config).glob('*_[0-9]*.pth')), path)
         return str(path)
-    if made_by := next(ROOT.glob(f'configs/*/{glob.escape((path.parent if path.suffix else path).name)}.py'), None):
+    trained = f'{(path.parent if path.suffix else path).name}.py'
+    if made_by := next((*ROOT.glob(f'configs/*/{glob.escape(trained)}'), *folder.glob(glob.escape(trained))), None):
         work_dir = folder / name if not path.suffix else path.parent
-        shutil.copytree(runs(str(made_by.relative_to(ROOT))), work_dir)
+        shutil.copytree(runs(os.path.relpath(made_by, ROOT if made_by.is_relative_to(ROOT) else folder)), work_dir)
         if path.suffix:
             train = Config.fromfile(made_by).train_cfg
             last = f'epoch_{train.max_epochs}.pth' if 'max_epochs' in train else f'iter_{train.max_iters}.pth'
@@ -356,8 +361,6 @@ def test_commands_run(piece, folder, runs):
     else:
         assert words[0] == 'python', f'{piece}: add a way to run this, or the reason not to, to tests/test_docs.py'
         words = words[1:]
-    if words[0] == 'tools/make_demo_data.py':
-        (folder / 'demo/data').unlink()
     words = prepare(words, folder, runs)
     if '--resume' in words:
         provide(f'work_dirs/{Path(words[1]).stem}', words[1], folder, runs)
@@ -377,7 +380,7 @@ def test_layouts_are_those_that_commands_run_on(place):
             for entry in entries:
                 if '/' in entry:
                     assert any(place.glob(str(Path(root, entry).with_suffix('.*')))), f'{block}: {entry}'
-    assert described == {'data/coco/', 'data/ade/ADEChallengeData2016/', 'data/custom/', 'data/nuclei_cc0/'}
+    assert described == {'data/coco/', 'data/ade/ADEChallengeData2016/', 'data/custom/', 'data/mine/'}
 
 
 @on_cpu

@@ -28,7 +28,7 @@ from swin_mm.ops.windows import padded_size
 
 CONFIGS = ROOT / 'configs'
 LEAVES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob('[!_]*/*.py'))
-NOT_PUBLISHED = ('demo', 'nuclei', 'custom')  # folders
+NOT_PUBLISHED = ('nuclei', 'custom')  # folders
 MMPRETRAIN = importlib.util.find_spec('mmpretrain')
 needs_mmpretrain = pytest.mark.skipif(
     MMPRETRAIN is None and not (FOLDER / 'mmpretrain').is_dir(), reason='mmpretrain is not installed'
@@ -355,7 +355,7 @@ def test_leaves_build_and_channels_match(ours):
             assert aux.in_channels == outputs[aux.in_index]
 
 
-@pytest.mark.parametrize('ours', leaves('', but='demo|nuclei|nano'))
+@pytest.mark.parametrize('ours', leaves('', but='nuclei|nano'))
 def test_weights_are_official_and_match_the_size(ours):
     backbone = load(ours).model.backbone
     found = backbone_arguments(backbone.to_dict())

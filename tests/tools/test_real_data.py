@@ -10,17 +10,17 @@ from support.tool_fixtures import run_tool
 ROOT = Path(__file__).parents[2]
 DETECTION = ROOT / 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
 SEGMENTATION = ROOT / 'configs/upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512x512.py'
-FROM_NOTHING = ['model.backbone.init_cfg=None', 'train_dataloader.num_workers=0']
-FROM_NOTHING += ['train_dataloader.persistent_workers=False', 'randomness.seed=0']
-FROM_NOTHING += ['default_hooks.checkpoint.save_optimizer=False']  # hundreds of megabytes
+RANDOM_WEIGHTS = ['model.backbone.init_cfg=None', 'train_dataloader.num_workers=0']
+RANDOM_WEIGHTS += ['train_dataloader.persistent_workers=False', 'randomness.seed=0']
+RANDOM_WEIGHTS += ['default_hooks.checkpoint.save_optimizer=False']  # hundreds of megabytes
 
 pytestmark = pytest.mark.skipif('SWIN_MM_DATA' not in os.environ, reason='SWIN_MM_DATA is not set')
-# The size that the configs say, and all of the validation images, take minutes on a CPU.
+# At the configs' own image sizes and with all validation images, this takes minutes on a CPU.
 SIZES = pytest.mark.parametrize('small', [True, pytest.param(False, marks=pytest.mark.slow)], ids=['small', 'full'])
 
 
 def link(folder: Path, target: str, name: str) -> None:
-    """Put a data set where the configs look for it."""
+    """Link a data set to where the configs look for it."""
     place = folder / 'data' / name
     place.parent.mkdir(parents=True, exist_ok=True)
     place.symlink_to(Path(os.environ['SWIN_MM_DATA'], target))
@@ -33,13 +33,13 @@ def metrics(folder: Path) -> dict:
 @SIZES
 def test_mask_rcnn_on_coco(tmp_path, small):
     link(tmp_path, 'coco_cc', 'coco')
-    options = [*FROM_NOTHING, 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=1']
+    options = [*RANDOM_WEIGHTS, 'train_dataloader.dataset.indices=4', 'train_cfg.max_epochs=1']
     if small:
         options += [
             f'{part}_dataloader.dataset.pipeline.{at}.scale=(320,192)' for part, at in (('train', 2), ('val', 1))
         ]
         options += ['test_dataloader.dataset.pipeline.1.scale=(320,192)', 'test_dataloader.dataset.indices=16']
-    # Loops validate after the last iteration whatever their interval; the test run below shows the whole.
+    # Loops validate after the last iteration whatever their interval; the test below runs on all images.
     options += ['val_dataloader.dataset.indices=2', 'default_hooks.logger.interval=1']
     log = run_tool('train', DETECTION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     assert 'Epoch(train) [1][2/2]' in log
@@ -53,7 +53,7 @@ def test_mask_rcnn_on_coco(tmp_path, small):
 def test_upernet_on_ade20k_layout(tmp_path, small):
     link(tmp_path, 'coco_sem_cc', 'ade/ADEChallengeData2016')
     options = [
-        *FROM_NOTHING,
+        *RANDOM_WEIGHTS,
         'train_cfg.max_iters=2',
         'val_dataloader.dataset.indices=2',
         'default_hooks.checkpoint.interval=2',
