@@ -15,12 +15,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-LINK = re.compile(r'(?<=\]\()(?!\w+:|#)([^)#\s]+)')
+LINK = re.compile(r'(?<=\]\()(?!\w+:|#)([^)#\s]+)(#[^)\s]*)?')
 ROLE = re.compile(r':(?:class|func|meth|mod|data|attr):`(?P<name>[^`]+)`')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the recipes and the changelog, at their paths in the repository."""
+    """Add the recipes and the pages in the root of the repository."""
+    files.append(File.generated(config, 'about.md', abs_src_path=str(ROOT / 'README.md')))
     for pattern in ('configs/**/*.py', 'configs/*/README.md', 'CHANGELOG.md', 'CONTRIBUTING.md'):
         for path in sorted(ROOT.glob(pattern)):
             files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
@@ -29,18 +30,21 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
     """Change links that are relative to the repository to links that are relative to the site."""
-    source = Path(page.file.abs_src_path)
+    source = Path(str(page.file.abs_src_path))
+    up = '../' * page.file.src_uri.count('/')
 
     def site_link(link: re.Match) -> str:
         target = (source.parent / link[1]).resolve()
         if target.is_dir():
             target /= 'README.md'
+        if target == ROOT / 'README.md':
+            return up + 'about.md' + (link[2] or '')
         for folder in (ROOT / 'docs', ROOT):
             if target.is_relative_to(folder):
                 name = target.relative_to(folder).as_posix()
                 if files.get_file_from_path(name):
-                    return '../' * page.file.src_uri.count('/') + name
-        return link[1]  # mkdocs warns if it leads nowhere
+                    return up + name + (link[2] or '')
+        return link[0]  # mkdocs warns if it leads nowhere
 
     return LINK.sub(site_link, markdown)
 
