@@ -151,7 +151,7 @@ def test_imports_point_one_way():
 
 
 def test_modules_do_not_import_each_other_in_circles():
-    """The order above forbids circles between packages; here it is modules of one. Type-only imports may form circles."""
+    """The order above forbids circles between packages; this is about modules. Type-only imports do not count."""
     graph = {
         module_name(path): {name for line, name in imported_modules(path) if line not in lines_for_types(path)}
         - {module_name(path)}
