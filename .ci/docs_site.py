@@ -49,13 +49,17 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **_: Any) -> str:
     return LINK.sub(site_link, markdown)
 
 
-class SphinxRoles(griffe.Extension):
-    """Turn ``:func:`name``` in docstrings into a cross-reference."""
+class Docstrings(griffe.Extension):
+    """Adapt docstrings: ``:func:`name``` becomes a cross-reference, and section titles those that griffe knows."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object."""
-        if obj.docstring:
-            obj.docstring.value = ROLE.sub(lambda role: self._link(obj, role['name']), obj.docstring.value)
+        if not obj.docstring:
+            return
+        text = obj.docstring.value.replace('\nExample:\n', '\nExamples:\n')
+        if isinstance(obj, griffe.Class) and 'NamedTuple' in map(str, obj.bases):
+            text = text.replace('\nArgs:\n', '\nAttributes:\n')
+        obj.docstring.value = ROLE.sub(lambda role: self._link(obj, role['name']), text)
 
     def _link(self, obj: griffe.Object, name: str) -> str:
         with suppress(griffe.NameResolutionError):

@@ -450,7 +450,8 @@ def test_every_public_module_is_on_an_api_page():
     for path in sorted((ROOT / 'swin_mm').glob('*/**/*.py')):
         module = module_name(str(path.relative_to(ROOT))).removesuffix('.__init__')
         public = not any(part.startswith('_') for part in module.split('.'))
-        if '.mim' not in path.parts and public and module != 'swin_mm.openmmlab':
+        only_a_docstring = len(ast.parse(path.read_text()).body) == 1
+        if '.mim' not in path.parts and public and not only_a_docstring:
             assert any(module == name or module.startswith(name + '.') for name in named), module
 
 
