@@ -1,9 +1,10 @@
-# Everything sets itself up in $(VENV) first, which is quick when it is there already:
+# Every target sets up $(VENV) first, which takes a second once it is there:
 #   make demo        train, test and draw a small Swin Mask R-CNN and a small Swin UPerNet
-#   make test        format, lint and the quick tests; `make test-slow` runs the slow ones too
-#   make lint        format and lint only
+#   make test        lint and the quick tests; `make test-slow` includes the slow ones
+#   make lint        formatting, style, types and spelling
+#   make docs        build the documentation site into site/
 #   make clean       remove $(VENV)
-# Choose with PYTHON=python3.12, VENV=folder, JOBS=number of compilers and tests at once.
+# Options: PYTHON=python3.12, VENV=folder, JOBS=number of compilers and tests to run at once.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,16 +12,16 @@ JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
-# Each step leaves a stamp when it has succeeded, so that a failed or interrupted set-up goes on where it stopped.
+# Each step of the set-up leaves a stamp when it succeeds, so that an interrupted set-up continues where it stopped.
 DONE := $(VENV)/done
 
-.PHONY: demo test test-slow lint setup clean
+.PHONY: demo test test-slow lint docs setup clean
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(PY) tools/demo.py
 
-# One process per core, with one thread each: more threads than cores hinder each other.
+# One process per core with one thread each; more threads than cores slow each other down.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal
 
 test: lint
@@ -32,6 +33,12 @@ test-slow: lint
 lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m codespell_lib
+
+# The settings in mkdocs.yml are strict: a warning, such as a broken link, fails the build.
+docs: $(DONE)/docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build
 
 setup: $(DONE)/all
 
@@ -48,18 +55,23 @@ $(DONE)/torch: $(DONE)/venv constraints.txt
 	$(PIP) torch numpy setuptools wheel ninja
 	@touch $@
 
-# torch and the tools to compile must be there before: mmcv builds against them.
+# mmcv is built against the torch and with the tools installed above.
 $(DONE)/mmcv: $(DONE)/torch .ci/install_mmcv.py
 	@MAX_JOBS=$(JOBS) $(PY) .ci/install_mmcv.py $(VENV)/mmcv_build.log -c constraints.txt
 	@touch $@
 
-# opencv-python needs libGL, which machines without a display lack; the headless build of the same version, installed
-# last, takes its place. The libraries in oracles/ are references for tests and stay out of the environment: torchvision's
-# operators do not load beside another build of torch, and half of a library misleads the others (see tests/zoo.py).
+# opencv-python needs libGL, which machines without a display often lack. The headless build of the same version,
+# installed last, replaces its files. The libraries in oracles/ are references for tests and stay out of the environment:
+# torchvision's operators do not load beside another build of torch, and a library that is half usable misleads others.
 $(DONE)/all: $(DONE)/mmcv setup.py pyproject.toml
 	@echo 'installing mmdet, mmseg and the tools for tests'
 	$(PIP) --no-build-isolation -e '.[all,dev]'
 	$(PIP) -q --force-reinstall --no-deps opencv-python-headless
 	$(PIP) -q --no-deps --upgrade --target $(VENV)/oracles torchvision timm onedl-mmpretrain
 	$(PY) -m swin_mm.doctor
+	@touch $@
+
+$(DONE)/docs: $(DONE)/all
+	@echo 'installing the documentation generator'
+	$(PIP) -q mkdocs mkdocs-material 'mkdocstrings[python]'
 	@touch $@

@@ -1,6 +1,6 @@
-"""Build mmcv with its compiled ops from source, showing how far it is: python .ci/install_mmcv.py LOG [pip arguments].
+"""Build mmcv and its compiled ops from source and show the progress: python .ci/install_mmcv.py LOG [pip arguments].
 
-Nothing is done where a working one is installed. The build is pip's own, so that an interrupted one leaves nothing.
+Does nothing if a working mmcv is installed. pip does the build, so an interrupted one leaves nothing behind.
 """
 
 import os
@@ -16,11 +16,11 @@ REBUILD = ['--force-reinstall', '--no-deps', '--no-cache-dir']
 
 
 def main() -> int:
-    """Install what is missing; pip's exit code."""
+    """Install mmcv unless it works; returns pip's exit code."""
     log, arguments = Path(sys.argv[1]), sys.argv[2:]
     if works():
         return 0
-    # A wheel in pip's cache may have been built against another torch: then it is built anew.
+    # A wheel in pip's cache may have been built against another torch. In that case, build it again.
     for attempt in ([], REBUILD):
         if code := install(log, [*arguments, *attempt]):
             print(f'\nmmcv could not be built. The end of {log}:\n')
@@ -33,12 +33,12 @@ def main() -> int:
 
 
 def works() -> bool:
-    """Whether the compiled ops load, in a fresh process because a broken library may end it."""
+    """Whether the compiled ops load; tried in a new process, because a broken library may crash it."""
     return subprocess.run([sys.executable, '-c', 'import torch, mmcv._ext'], capture_output=True).returncode == 0
 
 
 def install(log: Path, arguments: list[str]) -> int:
-    """Run pip; condense its output to a line now and then, and keep all of it in ``log``."""
+    """Run pip; print a line of progress now and then and write the full output to ``log``."""
     jobs = os.environ.get('MAX_JOBS') or str(os.cpu_count())
     print(f'installing mmcv from source with {jobs} jobs (about 25 CPU minutes, once); full log in {log}', flush=True)
     begin = shown = time.monotonic()
@@ -59,12 +59,12 @@ def install(log: Path, arguments: list[str]) -> int:
                 left = (now - begin) * (total - done) / done
                 print(f'  {done} of {total} files, {clock(now - begin)} so far, about {clock(left)} left', flush=True)
                 shown = now
-    print(f'  pip ended after {clock(time.monotonic() - begin)}', flush=True)
+    print(f'  pip finished after {clock(time.monotonic() - begin)}', flush=True)
     return process.returncode
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds."""
+    """Format seconds as minutes:seconds."""
     return f'{int(seconds) // 60}:{int(seconds) % 60:02d} min'
 
 

@@ -1,4 +1,7 @@
-"""Swin Transformer V1 and V2 for OpenMMLab. Importing this package registers its modules in scope ``swin_mm``."""
+"""Swin Transformer V1 and V2 backbones for OpenMMLab.
+
+Importing this package registers its modules in mmengine's registries under the scope ``swin_mm``.
+"""
 
 from importlib.util import find_spec
 
@@ -7,7 +10,7 @@ from swin_mm.version import __version__
 
 __all__ = ['__version__', 'optimize_for_inference']
 
-if find_spec('mmengine'):  # without it there is the plain model, swin_mm.models.swin
+if find_spec('mmengine'):  # without it, the plain model in swin_mm.models.swin can still be imported
     from swin_mm.openmmlab.backbone import SwinTransformer, SwinTransformerV2
     from swin_mm.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor
     from swin_mm.openmmlab.loading import CompleteBackboneHook

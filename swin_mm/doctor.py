@@ -13,45 +13,59 @@ from swin_mm.version import __version__
 
 
 def main() -> int:
-    """Print the table; 1 if something that is installed does not work, else 0."""
+    """Print versions, what works, and how to fix the rest.
+
+    Returns:
+        1 if something that is installed does not work, else 0.
+    """
     problems = {module: find_problem(module) for module in FIXES}
     broken = {module for module, problem in problems.items() if problem and is_installed(module)}
+    no_kernel = cpu.unsupported_reason(torch.device('cpu'), torch.float32, head_size=32, dropout=False)
     console = Console(highlight=False)
-
-    versions = Table(title=f'swin_mm {__version__}', title_justify='left')
-    for heading in ('library', 'version', 'state'):
-        versions.add_column(heading)
-    versions.add_row('python', platform.python_version(), '[green]works')
-    versions.add_row('CUDA', torch.version.cuda or '-', _cuda_state())
-    for module, problem in problems.items():
-        state = '[red]broken' if module in broken else '[yellow]absent' if problem else '[green]works'
-        found = sys.modules.get(module)
-        versions.add_row(NAMES.get(module, module), getattr(found, '__version__', '-'), state)
-    no_kernel = cpu.unsupported_reason(torch.device('cpu'), torch.float32, 32, False)
-    capability = torch.backends.cpu.get_cpu_capability()
-    versions.add_row('attention kernel for CPUs', capability, '[yellow]absent' if no_kernel else '[green]works')
-    console.print(versions)
-
-    works = Table(title='what works', title_justify='left')
-    works.add_column('use')
-    works.add_column('state')
-    for use, modules in USES.items():
-        lacking = [NAMES.get(module, module) for module in modules if problems[module]]
-        works.add_row(use, f'[yellow]needs {", ".join(lacking)}' if lacking else '[green]works')
-    console.print(works)
-
-    for module, problem in problems.items():
-        if problem:
-            optional = 'optional: ' if module in OPTIONAL and module not in broken else ''
-            console.print(f'- {optional}{problem}', soft_wrap=True, markup=False)
+    console.print(versions_table(problems, broken, bool(no_kernel)))
+    console.print(uses_table(problems))
+    notes = [
+        f'optional: {problem}' if module in OPTIONAL and module not in broken else problem
+        for module, problem in problems.items()
+        if problem
+    ]
     if no_kernel:
-        console.print(
-            f'- optional: the attention kernel for CPUs cannot be used: {no_kernel}', soft_wrap=True, markup=False
-        )
+        notes.append(f'optional: the attention kernel for CPUs cannot be used: {no_kernel}')
+    for note in notes:
+        console.print(f'- {note}', soft_wrap=True, markup=False)
     return 1 if broken else 0
 
 
-def _cuda_state() -> str:
+def versions_table(problems: dict[str, str], broken: set[str], no_kernel: bool) -> Table:
+    """The version and the state of each library.
+
+    Args:
+        problems: What ``find_problem`` says about each library, '' if it works.
+        broken: The libraries that are installed and do not work.
+        no_kernel: Whether the compiled attention kernel cannot be used.
+    """
+    table = Table('library', 'version', 'state', title=f'swin_mm {__version__}', title_justify='left')
+    table.add_row('python', platform.python_version(), '[green]works')
+    table.add_row('CUDA', torch.version.cuda or '-', cuda_state())
+    for module, problem in problems.items():
+        state = '[red]broken' if module in broken else '[yellow]absent' if problem else '[green]works'
+        table.add_row(NAMES.get(module, module), getattr(sys.modules.get(module), '__version__', '-'), state)
+    capability = torch.backends.cpu.get_cpu_capability()
+    table.add_row('attention kernel for CPUs', capability, '[yellow]absent' if no_kernel else '[green]works')
+    return table
+
+
+def uses_table(problems: dict[str, str]) -> Table:
+    """What the package can be used for, and what is missing for the rest."""
+    table = Table('use', 'state', title='what works', title_justify='left')
+    for use, modules in USES.items():
+        missing = [NAMES.get(module, module) for module in modules if problems[module]]
+        table.add_row(use, f'[yellow]needs {", ".join(missing)}' if missing else '[green]works')
+    return table
+
+
+def cuda_state() -> str:
+    """The GPUs that torch can use."""
     if torch.cuda.is_available():
         return f'[green]{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
     return '[yellow]no GPU that torch can use; everything runs on the CPU'

@@ -1,13 +1,13 @@
-"""What the documentation tells a user to type is typed here, on tiny data in the documented layouts, with tiny models.
+"""Run every command and snippet of the documentation, on tiny data in the documented layouts and with tiny models.
 
-Each command runs in a folder of its own and in a process that is forked from this one, which has imported everything. A
-command that no rule below covers fails.
+Each runs in its own folder and in a process forked from this one, which has imported everything already. A command
+that no rule below covers fails.
 """
 
 import ast
 import gc
 import glob
-import inspect
+import importlib
 import json
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -36,27 +36,26 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from support.tool_fixtures import ROOT, make_data
 
-import swin_mm
-from swin_mm import checkpoints, cli
+from swin_mm import cli
 from swin_mm.models.swin import ARCHS, SwinPyramid
 from swin_mm.openmmlab import config
 from swin_mm.openmmlab.config import iter_dicts
-from swin_mm.utils import environment as doctor
+from swin_mm.utils.environment import SCOPES, require
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
 NOT_RUN = {
     r'make (demo|test|setup)\b': 'sets up the environment that this test runs in',
-    r'(MMCV_WITH_OPS=1 )?pip install ': 'changes the environment; tests/test_packaging.py looks at what is installed',
+    r'(MMCV_WITH_OPS=1 )?pip install ': 'changes the environment; tests/test_packaging.py checks what is installed',
     r'\. \.venv/bin/activate': 'the tests run in it',
-    r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data lie there already",
-    r'python tools/demo\.py ': 'takes minutes; tests/tools/test_demo.py',
-    r'python tools/export\.py ': 'takes up to a minute; tests/tools/test_export.py. Its arguments are read below',
+    r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data is in place already",
+    r'python tools/demo\.py ': 'takes minutes; see tests/tools/test_demo.py',
+    r'python tools/export\.py ': 'takes up to a minute; see tests/tools/test_export.py. Its arguments are parsed below',
 }
 QUICK = {'benchmark.py': ['--quick', '--device', 'cpu']}
 SLOW = r'--preset (models|gpu)'
 FENCED = re.compile(r'^ *```(.*?)\n(.*?)^ *```$', re.DOTALL | re.MULTILINE)
 STARTS_COMMANDS = re.compile(r'(\w+=\S+ )*(python|pip|make|git|cd|mkdir|ln|\.|tools/\w+\.sh) ')
-# Blocks without a language that are no commands.
+# Blocks without a language that are not commands.
 OUTPUTS = ('Swin weights, official naming:', '                Swin from random weights', 'swin_mm/\n')
 ARCH = {'embed_dims': 24, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 2, 2)}
 WEIGHTS = 'swin_tiny_patch4_window7_224.pth'
@@ -64,11 +63,11 @@ WEIGHTS = 'swin_tiny_patch4_window7_224.pth'
 on_cpu = pytest.mark.skipif(get_device() != 'cpu', reason='a process that has used a GPU cannot be forked')
 
 
-# What the pages hold
+# Reading the pages
 
 
 class Piece(NamedTuple):
-    """A command, or a block, and where it stands."""
+    """A command or a block, and its position."""
 
     page: str
     line: int
@@ -83,7 +82,10 @@ def blocks() -> Iterator[tuple[str, Piece]]:
     for page in PAGES:
         text = page.read_text()
         for found in FENCED.finditer(text):
-            yield found[1], Piece(page.name, text.count('\n', 0, found.start(2)) + 1, found[2].rstrip())
+            yield (
+                found[1],
+                Piece(str(page.relative_to(ROOT)), text.count('\n', 0, found.start(2)) + 1, found[2].rstrip()),
+            )
 
 
 def prose(page: Path) -> str:
@@ -121,7 +123,7 @@ def is_config(block: Piece) -> bool:
 
 
 def each(pieces: list[Piece]) -> pytest.MarkDecorator:
-    """One test for each, called by page and line."""
+    """One test for each, named by page and line."""
     marked = [pytest.param(p, id=str(p), marks=[pytest.mark.slow] * bool(re.search(SLOW, p.text))) for p in pieces]
     return pytest.mark.parametrize('piece', marked)
 
@@ -132,21 +134,21 @@ def test_every_block_is_known():
         if not language:
             assert STARTS_COMMANDS.match(block.text) or block.text.startswith(OUTPUTS), f'{block}: say ```sh or ```text'
     for pattern in NOT_RUN:
-        assert any(re.match(pattern, command.text) for command in COMMANDS), f'{pattern} excuses nothing'
+        assert any(re.match(pattern, command.text) for command in COMMANDS), f'no command matches {pattern}'
 
 
-# Where they run
+# The folder that commands run in
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository, data in the documented layouts, and everything imported that the tools import."""
+    """A copy of the repository with data in the documented layouts. Imports what the tools import."""
     from mmdet.utils import register_all_modules as import_mmdet
     from mmseg.utils import register_all_modules as import_mmseg
 
     import_mmdet(init_default_scope=False)
     import_mmseg(init_default_scope=False)
-    doctor.require(*doctor.SCOPES['mmdet'])  # it remembers which libraries there are
+    require(*SCOPES['mmdet'])  # caches which libraries are installed
     from mmdet.datasets import CocoDataset
 
     folder = tmp_path_factory.mktemp('docs')
@@ -180,7 +182,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clone(place: Path, folder: Path) -> Path:
-    """The root of the repository as commands see it, with the configs that pages tell the reader to write."""
+    """Link the repository into a folder, and write the configs that pages tell the reader to write."""
     for name in ('configs', 'tools', 'data'):
         (folder / name).symlink_to(place / name)
     for block in PYTHON:
@@ -192,12 +194,12 @@ def clone(place: Path, folder: Path) -> Path:
 @pytest.fixture
 def folder(place: Path, tmp_path: Path) -> Iterator[Path]:
     yield clone(place, tmp_path)
-    shutil.rmtree(tmp_path)  # pytest would keep the checkpoints
+    shutil.rmtree(tmp_path)  # or pytest keeps the checkpoints
 
 
 @pytest.fixture(scope='module')
 def runs(place: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The work_dir of a training on a config."""
+    """Train on a config, once; returns the work_dir."""
 
     @cache
     def run(config: str) -> Path:
@@ -209,7 +211,7 @@ def runs(place: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 def in_process(folder, function, *arguments) -> str:
-    """Call a function in a forked process in a folder; what it printed."""
+    """Call a function in a forked process in a folder; returns what it printed."""
     log = folder / 'printed.txt'
     process = multiprocessing.get_context('fork').Process(target=_in_process, args=(folder, function, *arguments))
     process.start()
@@ -221,34 +223,40 @@ def in_process(folder, function, *arguments) -> str:
 
 
 def _in_process(folder, function, *arguments):
-    torch.set_num_threads(1)  # the other threads of the parent are not here
+    torch.set_num_threads(1)  # a forked process has none of the parent's other threads
     os.chdir(folder)
-    sys.stdout = sys.stderr = Path('printed.txt').open('w', buffering=1)  # noqa: SIM115 (to the end of this process)
+    sys.stdout = sys.stderr = Path('printed.txt').open('w', buffering=1)  # noqa: SIM115 (open until the process ends)
     for stream in (1, 2):
         os.dup2(sys.stdout.fileno(), stream)
     function(*arguments)
 
 
 def call(words, environment=()):
-    """``python WORDS`` in this process, on configs made small."""
+    """Run ``python WORDS`` in this process, with configs made small."""
     os.environ.update(environment)
     read = cli.read_config
     cli.read_config = lambda *arguments: shrink(read(*arguments))
-    # Three quarters of the time: neat configs in logs, garbage among all modules, versions of compilers.
+    # These take three quarters of the time: formatting configs for logs, garbage collection, versions of compilers.
     yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, True)
     gc.freeze()
     mmengine.runner.runner.collect_env = dict
     if words[0] == '-m':
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name='__main__')
+        words = words[1:]
+        name = words[0]
     else:
-        sys.path.insert(0, str(Path(words[0]).parent))
-        sys.argv = words
-        runpy.run_path(words[0], run_name='__main__')
+        sys.path.insert(0, str(Path(words[0]).parent))  # as Python does for a script
+        name = module_name(words[0])
+    sys.argv = words
+    runpy.run_module(name, run_name='__main__')
+
+
+def module_name(script: str) -> str:
+    """tools/train.py -> tools.train."""
+    return '.'.join(Path(script).with_suffix('').parts)
 
 
 def shrink(cfg: Config) -> Config:
-    """The config with a tiny Swin, narrow heads, small images and a training of two or three iterations."""
+    """Make a config small: a tiny Swin, narrow heads, small images, two or three iterations."""
     backbone = cfg.model.backbone
     if 'Swin' not in str(backbone.type):
         return cfg
@@ -257,7 +265,7 @@ def shrink(cfg: Config) -> Config:
     if '://' in str(backbone.get('init_cfg')):
         backbone.init_cfg = None
     small = {'scale': (96, 64), 'scales': [(96, 64)], 'crop_size': (64, 64), 'size': (64, 64)}
-    for node in iter_dicts(cfg._cfg_dict):
+    for node in iter_dicts(dict(cfg.items())):
         node.update({key: value for key, value in small.items() if isinstance(node.get(key), (list, tuple))})
     for part in ('train', 'val', 'test'):
         cfg[f'{part}_dataloader'].update(num_workers=0, persistent_workers=False)
@@ -272,7 +280,7 @@ def shrink(cfg: Config) -> Config:
 
 
 def narrow(node, factor: int) -> None:
-    """Divide the channels of everything in a model."""
+    """Divide all channels in a model by a factor."""
     for key, value in list(node.items() if isinstance(node, dict) else enumerate(node)):
         if isinstance(value, dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
             narrow(value, factor)
@@ -280,11 +288,11 @@ def narrow(node, factor: int) -> None:
             node[key] = value // factor if isinstance(value, int) else [channels // factor for channels in value]
 
 
-# What they need and leave
+# Files that commands need and write
 
 
 def prepare(words: list[str], folder: Path, runs) -> list[str]:
-    """Make the user's files that a command names; the command with those in place of addresses."""
+    """Create the user's files that a command names; returns the command with files instead of URLs."""
     result = words[:1]
     for before, word in pairwise(words):
         key, equals, value = word.rpartition('=')
@@ -298,17 +306,18 @@ WRITES = ('--out', '--show-dir', '--work-dir')
 
 
 def provide(name: str, config: str, folder: Path, runs) -> str:
-    """Make the file that is called so, unless it is there; the name to use."""
+    """Create the file of that name unless it exists; returns the name to use."""
     path = folder / name
     if path.exists() or '::' in name or name.startswith(('configs/', 'tools/', 'data/')):
-        return name  # what is not there shall be missed
+        return name  # a missing file of the repository must be noticed
     if '://' in name:
-        assert name in published(), 'no library that is installed publishes this file'
+        assert name in published(), 'no installed library lists this file'
         path = folder / 'downloaded.pth'
         shutil.copy(next(runs(config).glob('*_[0-9]*.pth')), path)
         return str(path)
     trained = f'{(path.parent if path.suffix else path).name}.py'
-    if made_by := next((*ROOT.glob(f'configs/*/{glob.escape(trained)}'), *folder.glob(glob.escape(trained))), None):
+    configs = chain(ROOT.glob(f'configs/*/{glob.escape(trained)}'), folder.glob(glob.escape(trained)))
+    if made_by := next(configs, None):
         work_dir = folder / name if not path.suffix else path.parent
         shutil.copytree(runs(os.path.relpath(made_by, ROOT if made_by.is_relative_to(ROOT) else folder)), work_dir)
         if path.suffix:
@@ -333,13 +342,13 @@ def provide(name: str, config: str, folder: Path, runs) -> str:
 
 @cache
 def published() -> str:
-    """Addresses of checkpoints as the libraries list them."""
+    """The URLs of checkpoints in the libraries' metafiles."""
     folders = [Path(resolve_name(name).__file__).parent / '.mim/configs/swin' for name in ('mmdet', 'mmseg')]
     return '\n'.join(file.read_text() for folder in folders for file in folder.glob('metafile.y*ml'))
 
 
 def launched(words: list[str]) -> list[str]:
-    """The tool's command line that a script gives to each process."""
+    """The command line of the tool that a launch script starts in each process."""
     done = subprocess.run(
         ['bash', *words], cwd=ROOT, env=os.environ | {'PYTHON': 'echo'}, capture_output=True, text=True
     )
@@ -359,7 +368,7 @@ def test_commands_run(piece, folder, runs):
     if re.fullmatch(r'tools/\w+\.sh', words[0]):
         words = launched(words)
     else:
-        assert words[0] == 'python', f'{piece}: add a way to run this, or the reason not to, to tests/test_docs.py'
+        assert words[0] == 'python', f'{piece}: add a way to run this to tests/test_docs.py, or the reason not to'
         words = words[1:]
     words = prepare(words, folder, runs)
     if '--resume' in words:
@@ -371,7 +380,7 @@ def test_commands_run(piece, folder, runs):
         assert option not in WRITES or (folder / name).exists(), f'{name} was not written'
 
 
-def test_layouts_are_those_that_commands_run_on(place):
+def test_documented_layouts_match_the_data_that_commands_run_on(place):
     described = set()
     for _, block in blocks():
         root, *entries = block.text.split()
@@ -385,15 +394,15 @@ def test_layouts_are_those_that_commands_run_on(place):
 
 @on_cpu
 @each([command for command in COMMANDS if 'export.py' in command.text])
-def test_exports_are_commands(piece, folder):
+def test_arguments_of_exports_parse(piece, folder):
     in_process(folder, read_arguments, shlex.split(piece.text)[1:])
 
 
 def read_arguments(words):
-    """Read the command line and the config, and go no further."""
+    """Parse the command line and read the config."""
     sys.argv = words
-    tool = runpy.run_path(words[0])
-    cli.read_config(tool['parse_args']())
+    tool = importlib.import_module(module_name(words[0]))
+    cli.read_config(tool.parse_args())
 
 
 # Python
@@ -401,13 +410,13 @@ def read_arguments(words):
 
 @each([block for block in PYTHON if is_config(block)])
 def test_configs_build(piece, tmp_path):
-    # What is no whole config is a part of one with a Swin.
+    # A snippet that is not a whole config changes one with a Swin.
     base = (
         '' if '_base_' in piece.text else f"_base_ = '{ROOT}/configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'\n"
     )
     (tmp_path / 'config.py').write_text(base + piece.text)
     cfg = Config.fromfile(tmp_path / 'config.py')
-    for node in iter_dicts(cfg._cfg_dict):
+    for node in iter_dicts(dict(cfg.items())):
         if str(node.get('type')).startswith('swin_mm.'):
             resolve_name(node.type)
     init_default_scope(cfg.default_scope)
@@ -420,8 +429,8 @@ def test_configs_build(piece, tmp_path):
 @on_cpu
 @each([block for block in PYTHON if not is_config(block)])
 def test_python_runs(piece, folder, runs):
-    if piece.page == 'export.md':
-        ast.parse(piece.text)  # it uses files that tests/tools/test_export.py makes
+    if piece.page == 'docs/export.md':
+        ast.parse(piece.text)  # it reads files that tests/tools/test_export.py writes
         return
     for name in re.findall(r"'([\w/.-]+\.pth)'", piece.text):
         if name == WEIGHTS:
@@ -431,48 +440,30 @@ def test_python_runs(piece, folder, runs):
 
 
 def execute(text):
-    """Run a snippet on configs made small."""
+    """Run a snippet with configs made small."""
     load = config.load_config
     config.load_config = lambda name: shrink(load(name))
     exec(text, {})
 
 
-def plain_signature(thing) -> str:
-    """Without types."""
-    signature = inspect.signature(thing)
-    parameters = [
-        p.replace(
-            annotation=p.empty,
-            default=Named(p.default.__name__) if inspect.isclass(p.default) and p.default is not p.empty else p.default,
-        )
-        for p in signature.parameters.values()
-    ]
-    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
-
-
-class Named(str):
-    """Shown without quotes."""
-
-    __repr__ = str.__str__
-
-
-def test_the_api_is_as_described():
-    named = set()
-    for name, signature in re.findall(r'`(swin_mm\.[\w.]+)(\([^`]*\))?`', prose(ROOT / 'docs/api.md')):
-        thing = resolve_name(name)
-        named.add(name)
-        if signature:
-            assert signature == plain_signature(thing), name
-    public = {f'swin_mm.{name}' for name in swin_mm.__all__ if name != '__version__'}
-    public |= {f'swin_mm.checkpoints.{name}' for name in checkpoints.__all__}
-    assert public <= named, f'not described: {public - named}'
+def test_every_public_module_is_on_an_api_page():
+    pages = '\n'.join(page.read_text() for page in (ROOT / 'docs/api').glob('*.md'))
+    named = re.findall(r'^::: (swin_mm[\w.]*)$', pages, re.MULTILINE)
+    for name in named:
+        importlib.import_module(name)
+    for path in sorted((ROOT / 'swin_mm').glob('*/**/*.py')):
+        module = module_name(str(path.relative_to(ROOT))).removesuffix('.__init__')
+        public = not any(part.startswith('_') for part in module.split('.'))
+        only_a_docstring = len(ast.parse(path.read_text()).body) == 1
+        if '.mim' not in path.parts and public and not only_a_docstring:
+            assert any(module == name or module.startswith(name + '.') for name in named), module
 
 
 # Prose
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_pages_resolve(page):
     for target in re.findall(r'\]\(([^)]+)\)', prose(page)):
         path, _, anchor = target.partition('#')
         if '://' in target:
@@ -485,13 +476,13 @@ def test_links_lead_somewhere(page):
 
 
 @on_cpu
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_what_prose_names_exists(page, folder):
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_options_named_in_prose_exist(page, folder):
     for span in re.findall(r'`([^`\n]+)`', prose(page)):
         words = span.split()
         for word in words:
             path = re.fullmatch(r'(configs|tools|tests|swin_mm|docs)/[\w./-]+', word)
-            assert not path or '...' in word or 'NAME' in word or (ROOT / word).exists(), span
+            assert not path or re.search(r'\.\.\.|NAME|METHOD', word) or (ROOT / word).exists(), span
         tool = next((word for word in words if re.fullmatch(r'tools/(?!NAME)\w+\.(py|sh)', word)), None)
         for option in words if tool else ():
             if option.startswith('--'):
@@ -502,14 +493,14 @@ HELP: dict[str, str] = {}
 
 
 def help_of(tool: str, folder: Path) -> str:
-    """What ``--help`` prints, of the tool that a script starts."""
+    """The output of ``--help``; for a launch script, of the tool that it starts."""
     tool = re.sub(r'(dist|slurm)_(\w+)\.sh', r'\2.py', tool)
     if tool not in HELP:
         HELP[tool] = in_process(folder, call, [tool, '--help'])
     return HELP[tool]
 
 
-def test_messages_in_troubleshooting_are_those_of_the_sources():
+def test_messages_in_troubleshooting_are_in_the_sources():
     known = '\n'.join(
         text
         for source in ('swin_mm/**/*.py', 'tools/*.py')
@@ -529,7 +520,7 @@ def test_messages_in_troubleshooting_are_those_of_the_sources():
 
 
 def literals(tree: ast.AST) -> Iterator[str]:
-    """Every text of a program, with gaps where values are filled in."""
+    """Every string literal of a program, with NUL where values are formatted in."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node.value

@@ -82,7 +82,8 @@ class FrozenSwin(nn.Module):
         self.num_features = backbone.num_features
         self.out_indices = backbone.out_indices
         self._weight = backbone.patch_embed.proj.weight.detach()
-        for stage in backbone.layers:
+        stages: Any = backbone.layers  # nn.ModuleList does not know the type of its items
+        for stage in stages:
             stage.blocks = nn.ModuleList(map(_freeze_block, stage.blocks))
             if stage.downsample is not None and is_plain_linear(stage.downsample.reduction):
                 stage.downsample.reduction = PackedLinear.of(stage.downsample.reduction)

@@ -364,7 +364,7 @@ class SwinPyramid(nn.Module):
         """The input of the first stage, (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
         x = self.patch_embed(image)
         if self.absolute_pos_embed is not None:
-            position = self.absolute_pos_embed
+            position: Tensor = self.absolute_pos_embed
             if position.shape[2:] != x.shape[1:3]:
                 position = F.interpolate(position, size=x.shape[1:3], mode='bicubic')
             x = x + position.permute(0, 2, 3, 1)
@@ -382,7 +382,8 @@ class SwinPyramid(nn.Module):
         """
         x = self.embed(image)
         maps = []
-        for i, stage in enumerate(self.layers):
+        stages: Any = self.layers  # nn.ModuleList does not know the type of its items
+        for i, stage in enumerate(stages):
             x = stage(x)
             if i in self.out_indices:
                 maps.append(
@@ -414,7 +415,7 @@ class SwinPyramidV2(SwinPyramid):
         pretrained_window_sizes: Sequence[int | Size] = (0, 0, 0, 0),
         depths: Sequence[int] = (2, 2, 6, 2),
         qk_scale: float | None = None,
-        **options,
+        **options: Any,
     ) -> None:
         if qk_scale is not None:
             raise ValueError(f'qk_scale={qk_scale}: V2 learns the scale of its scores; leave qk_scale out')

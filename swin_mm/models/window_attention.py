@@ -4,6 +4,7 @@ B batch, (H, W) map, (Hw, Ww) window, N = Hw * Ww tokens per window, C channels,
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,13 @@ class WindowAttentionV2(WindowAttention):
     BIAS_RANGE = 16.0
 
     def __init__(
-        self, dim: int, window: Size, num_heads: int, pretrained_window: Size = (0, 0), qkv_bias: bool = True, **options
+        self,
+        dim: int,
+        window: Size,
+        num_heads: int,
+        pretrained_window: Size = (0, 0),
+        qkv_bias: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(dim, window, num_heads, qkv_bias=False, **options)
         self.pretrained_window = pretrained_window
@@ -160,7 +167,7 @@ class WindowAttentionV2(WindowAttention):
 
     def qkv_bias(self) -> Tensor | None:
         """The bias of the projection to q, k and v, (3C,), or None."""
-        if self.q_bias is None:
+        if self.q_bias is None or self.v_bias is None:
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 

@@ -245,7 +245,9 @@ def relative_index(window: Size, table_window: Size, device: torch.device) -> Te
     return index.flatten(2).flatten(0, 1)
 
 
-def log_spaced_offsets(window: Size, whole: Size, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
+def log_spaced_offsets(
+    window: Size, whole: Size, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> Tensor:
     """Offsets between tokens of a window as V2's position bias takes them (Swin V2, equation 4).
 
     Args:

@@ -13,12 +13,12 @@ SITE = Path(torch.__file__).parents[1]
 
 @pytest.fixture
 def python_without(tmp_path):
-    """Run Python with all that is installed here but some files, as if they had never been installed."""
+    """Run Python as if some of the installed files had never been installed."""
 
     def run(*missing, command):
         site = Path(tempfile.mkdtemp(dir=tmp_path))
         hidden = {path for pattern in missing for path in SITE.glob(pattern)}
-        # Folders are linked as a whole, except those from which something is left out.
+        # Link whole folders, except those in which something is hidden.
         for path in SITE.iterdir():
             if path in hidden or path.suffix == '.pth':
                 continue
@@ -42,14 +42,14 @@ SEGMENTATION = ROOT / 'configs/upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512
 
 
 def state(output, row):
-    """The last cell of a row of the tables."""
+    """The last cell of a row in the doctor's tables."""
     return next(line for line in output.splitlines() if f'│ {row} ' in line).split('│')[-2].strip()
 
 
-def test_runs_with_nothing_but_the_hard_dependencies(python_without):
+def test_doctor_with_required_dependencies_only(python_without):
     absent = ('mmcv', 'onedl_mmcv*', 'mmdet', 'onedl_mmdetection*', 'mmseg', 'onedl_mmsegmentation*')
     done = python_without(*absent, command=DOCTOR)
-    assert done.returncode == 0, done.stderr  # nothing that is there is broken
+    assert done.returncode == 0, done.stderr  # nothing installed is broken
     assert state(done.stdout, 'mmengine') == 'works' and state(done.stdout, 'mmdet') == 'absent'
     assert state(done.stdout, 'the backbones') == state(done.stdout, 'attention kernel for CPUs') == 'works'
     assert 'mmdet' in state(done.stdout, 'detection configs')
@@ -59,7 +59,7 @@ def test_runs_with_nothing_but_the_hard_dependencies(python_without):
 @pytest.mark.parametrize(
     'missing, dist, config', [('mmdet', 'mmdetection', DETECTION), ('mmseg', 'mmsegmentation', SEGMENTATION)]
 )
-def test_a_config_of_a_library_that_is_absent(python_without, missing, dist, config):
+def test_config_of_a_library_that_is_not_installed(python_without, missing, dist, config):
     done = python_without(missing, f'onedl_{dist}*', command=(TRAIN, config))
     assert done.returncode == 2
     assert (

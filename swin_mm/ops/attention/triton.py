@@ -16,6 +16,7 @@ results are deterministic.
 from __future__ import annotations  # annotations name Triton's types, which may be missing
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -397,7 +398,14 @@ class _Call:
     """One call's inputs and how its work is divided."""
 
     def __init__(
-        self, qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: Size, shift: Size
+        self,
+        qkv: Tensor,
+        pad: Tensor,
+        bias: Tensor,
+        scales: Tensor | None,
+        factor: float,
+        window: Sequence[int],
+        shift: Sequence[int],
     ) -> None:
         Hw, Ww = window
         pitch = triton.next_power_of_2(Ww)  # spares a division for each slot; only where the tile does not grow
@@ -436,7 +444,7 @@ class _Call:
             kernel[grid](*self.tensors, *tensors, *self.numbers, splits, **self.constants, num_stages=stages)
 
 
-def _grid(qkv: Tensor, window: Size) -> Size:
+def _grid(qkv: Tensor, window: Sequence[int]) -> Size:
     """Windows down and across the padded map."""
     return -(-qkv.shape[1] // window[0]), -(-qkv.shape[2] // window[1])
 
