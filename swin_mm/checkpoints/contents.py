@@ -178,7 +178,7 @@ def parse(state: Mapping[str, Any]) -> Contents:
         else:
             contents.state[ours] = value
             contents.sources[ours] = key
-    if not any(key.startswith('layers.0.blocks.') for key in contents.state):
+    if not any(re.match(r'layers\.\d+\.blocks\.', key) for key in contents.state):
         raise _nothing_fits(state)
     if contents.state['patch_embed.proj.weight'].ndim == 5:
         raise CheckpointError('the checkpoint is of a Video Swin Transformer; this backbone takes images')

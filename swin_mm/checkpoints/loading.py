@@ -182,6 +182,8 @@ def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> s
 
 def _notes(contents: Contents, model: SwinPyramid) -> list[str]:
     """What a V2 file says of its windows, where the model would read its position bias otherwise."""
+    if not all(len(stage.blocks) for stage in model.layers):
+        return []
     attentions = [stage.blocks[0].attn for stage in model.layers]
     if not isinstance(attentions[0], WindowAttentionV2) or 'patch_embed.proj.weight' not in contents.state:
         return []

@@ -103,16 +103,21 @@ def _replace_start(key: str, starts: dict[str, str]) -> str:
 OUTPUT_NORMS = r'norm\d+\..*'
 
 OFFICIAL = Naming(
-    'official', flat_position=True, mark=r'layers\.0\.blocks\.', index='square', whole=True, under='model'
+    'official', flat_position=True, mark=r'layers\.\d+\.blocks\.', index='square', whole=True, under='model'
 )
 MMDET = Naming(
     'mmdet / mmseg',
     parts=(('patch_embed.proj', 'patch_embed.projection'), ('layers.{i}', 'stages.{i}')),
-    inside=(('attn', 'attn.w_msa'), ('mlp.fc1', 'ffn.layers.0.0'), ('mlp.fc2', 'ffn.layers.1')),
+    inside=(
+        ('attn', 'attn.w_msa'),
+        ('mlp.fc1', 'ffn.layers.0.0'),
+        ('mlp.act', 'ffn.layers.0.1'),
+        ('mlp.fc2', 'ffn.layers.1'),
+    ),
     unfold=True,
     flat_position=True,
     version=1,
-    mark=r'stages\.0\.blocks\.',
+    mark=r'stages\.\d+\.blocks\.',
     index='square',
     whole=True,
     under='state_dict',
