@@ -373,9 +373,15 @@ def _reason_against_initialiser(config: dict) -> str | None:
         if not isinstance(config.get('prefix'), str | None):
             return f"'prefix' is {shorten(config['prefix'])}"
         config['checkpoint'] = os.fspath(checkpoint)
+    overrides = config.get('override') or []
+    for override in overrides if isinstance(overrides, list) else [overrides]:
+        if not isinstance(override, dict) or 'name' not in override:
+            return f"'override' is {shorten(override)}, without 'name'"
+        options = {key: value for key, value in override.items() if key != 'name'}
+        if options and (reason := _reason_against_initialiser(options)):
+            return f"in 'override': {reason}"
     try:
-        options = {key: value for key, value in config.items() if key != 'override'}
-        WEIGHT_INITIALIZERS.build(options)
+        WEIGHT_INITIALIZERS.build({key: value for key, value in config.items() if key != 'override'})
     except Exception as error:
         return one_line(error)
     return None

@@ -91,6 +91,7 @@ SPECIFIC: dict[str, list[Any]] = {
         *({'type': 'Pretraind', 'checkpoint': 'none.pth'}, {'type': 'Pretrained', 'checkpoint': 'n.pth', 'prefx': 'a'}),
         *({'type': 'Constant', 'layer': 'Linear', 'val': 0.5}, {'type': 'Constant'}, {'type': 'Kaiming', 'layr': 'C'}),
         *([{'type': 'Constant', 'layer': 'Linear', 'val': 0.5}], {'type': 'TruncNormal', 'layer': 'Linear', 'std': 1}),
+        {'type': 'Constant', 'layer': 'Linear', 'val': 1, 'override': {'name': 'norm0', 'val': 2}},
         *({'type': 'Pretrained', 'checkpoint': 'n.pth', 'prefix': 3}, {'type': 'Constant', 'layer': 3, 'val': 0.5}),
     ],
     # ours alone
@@ -296,8 +297,11 @@ def test_norms_without_weights(backbone):
 
 
 def test_the_config_is_not_changed():
-    init_cfg = [ConfigDict(type='Constant', layer='Linear', val=0.5, override={'name': 'norm0', 'val': 1.0})]
+    init_cfg = [
+        ConfigDict(type='Constant', layer='Linear', val=0.5, override={'type': 'Constant', 'name': 'norm0', 'val': 2})
+    ]
     before = copy.deepcopy(init_cfg)
     model = swin_mm.SwinTransformer(**SMALL, init_cfg=init_cfg)
     model.init_weights()
-    assert init_cfg == before and (model.layers[0].blocks[0].mlp.fc1.weight == 0.5).all()
+    assert init_cfg == before
+    assert (model.layers[0].blocks[0].mlp.fc1.weight == 0.5).all() and (model.norm0.weight == 2).all()
