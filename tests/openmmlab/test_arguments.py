@@ -305,3 +305,10 @@ def test_the_config_is_not_changed():
     model.init_weights()
     assert init_cfg == before
     assert (model.layers[0].blocks[0].mlp.fc1.weight == 0.5).all() and (model.norm0.weight == 2).all()
+
+
+@pytest.mark.parametrize('name', [*FLAGS, 'pad_small_map', 'strict', 'compile'])
+@pytest.mark.parametrize('value', ['False', 'no', 2, float('nan'), [], torch.rand(2)])
+def test_flags_are_not_read_by_their_truth(name, value):
+    with pytest.raises((ValueError, TypeError), match=f'{name}=.*: expected True'):
+        swin_mm.SwinTransformer(**SMALL, **{name: value})
