@@ -167,8 +167,9 @@ class SwinBlock(nn.Module):
     Args:
         attn: attention inside windows of ``attn.window``.
         shift: shift of the windows.
-        pad_small_map: on a map no larger than the window, keep window and shift and pad the map (detection); otherwise
-            shrink the window to the map and do not shift (classifiers).
+        pad_small_map: on a map no longer than the window along an axis, keep window and shift and pad the map
+            (detection); otherwise limit both sides of the window to the map's shorter side and do not shift (official
+            classifiers, transformers, mmpretrain; timm decides for each axis by itself).
         dim: C.
         mlp: module (..., C) -> (..., C).
         norm: returns a norm for C channels.
@@ -200,10 +201,11 @@ class SwinBlock(nn.Module):
         window, shift = self.attn.window, self.shift
         if self.pad_small_map:
             return window, shift
-        return (
-            (min(window[0], size[0]), min(window[1], size[1])),
-            (shift[0] if size[0] > window[0] else 0, shift[1] if size[1] > window[1] else 0),
-        )
+        if size[0] > window[0] and size[1] > window[1]:
+            return window, shift
+        # As in the official code: the shorter side of the map decides for both axes, timm decides by axis.
+        side = min(size)
+        return (min(window[0], side), min(window[1], side)), (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to a map, (B, H, W, C) -> (B, H, W, C)."""

@@ -198,11 +198,15 @@ def test_absolute_embedding_is_resized_to_the_map():
         assert torch.equal(model.embed(torch.rand(1, 3, 64, 64)).permute(0, 3, 1, 2), model.absolute_pos_embed)
 
 
-def test_small_maps_of_a_classifier_shrink_the_window_per_axis():
+def test_small_maps_of_a_classifier_shrink_the_window():
     block = small(SwinPyramid, pad_small_map=False).layers[0].blocks[1]
     assert block.effective_window((20, 20)) == ((7, 7), (3, 3))
-    assert block.effective_window((7, 20)) == ((7, 7), (0, 3))
-    assert block.effective_window((4, 5)) == ((4, 5), (0, 0))
+    assert block.effective_window((7, 20)) == ((7, 7), (0, 0))
+    assert block.effective_window((4, 5)) == ((4, 4), (0, 0))
+    tall = small(SwinPyramid, pad_small_map=False, window_size=(8, 4)).layers[0].blocks[1]
+    assert tall.effective_window((20, 5)) == ((8, 4), (4, 2))
+    assert tall.effective_window((6, 20)) == ((6, 4), (0, 0))
+    assert tall.effective_window((20, 3)) == ((3, 3), (0, 0))
     assert small(SwinPyramid).layers[0].blocks[1].effective_window((4, 5)) == ((7, 7), (3, 3))
 
 
