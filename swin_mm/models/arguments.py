@@ -54,14 +54,10 @@ def require_number(name: str, value: Any, minimum: float | None = None, maximum:
     expected = f'a finite number{_range(minimum, maximum)}'
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         reject(name, value, expected, TypeError)
-    number = int(number) if isinstance(number, numbers.Integral) else float(number)
-    if (
-        not math.isfinite(number)
-        or (minimum is not None and number < minimum)
-        or (maximum is not None and number > maximum)
-    ):
+    finite = math.isfinite(_float(number))
+    if not finite or (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
         reject(name, value, expected)
-    return number
+    return int(number) if isinstance(number, numbers.Integral) else float(number)
 
 
 def require_rate(name: str, value: Any) -> float:
@@ -70,9 +66,10 @@ def require_rate(name: str, value: Any) -> float:
     expected = 'a number from 0 to 1 (1 excluded)'
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         reject(name, value, expected, TypeError)
-    if not 0 <= number < 1:
+    rate = _float(number)
+    if not 0 <= rate < 1:
         reject(name, value, expected)
-    return float(number)
+    return rate
 
 
 def require_bool(name: str, value: Any, also: str = '') -> bool:
@@ -222,7 +219,7 @@ def require_callable(name: str, value: Any, expected: str) -> Any:
 def argument_names(owner: type) -> tuple[str, ...]:
     """Named arguments of the constructors of a class and its bases."""
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    constructors = [inspect.signature(base.__init__) for base in owner.__mro__ if '__init__' in vars(base)]
+    constructors = [inspect.signature(vars(base)['__init__']) for base in owner.__mro__ if '__init__' in vars(base)]
     names = [p.name for signature in constructors for p in signature.parameters.values() if p.kind in kinds]
     return tuple(sorted(set(names) - {'self'}))
 
@@ -279,6 +276,14 @@ def _item(value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type == 'meta':
         return value
     return value.item()
+
+
+def _float(number: numbers.Real) -> float:
+    """A number as a float; integers beyond its range as infinity."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
 
 
 def _each(name: str, value: Any, expected: str, items: Sequence, require: Callable[[Any], T]) -> list[T]:

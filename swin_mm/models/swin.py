@@ -464,8 +464,8 @@ class SwinPyramidV2(SwinPyramid):
         for module in self.modules():
             if isinstance(module, SwinBlock):
                 for norm in (module.norm1, module.norm2):
-                    if getattr(norm, 'weight', None) is not None:
-                        nn.init.zeros_(norm.weight)
+                    if isinstance(weight := getattr(norm, 'weight', None), Tensor):
+                        nn.init.zeros_(weight)
 
     def _attention_options(self, stage: int) -> dict[str, Any]:
         return {'pretrained_window': self._pretrained_windows[stage]}

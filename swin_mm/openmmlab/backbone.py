@@ -237,15 +237,17 @@ def _norm(norm_cfg: dict) -> Callable[[int], nn.Module]:
     """
     expected = "a dict of a norm over the channels (last axis), such as {'type': 'LN'}"
     options = _require_layer('norm_cfg', norm_cfg, expected)
-    kind, trained = options.pop('type'), options.pop('requires_grad', True)
+    kind: Any = options.pop('type')
+    trained = options.pop('requires_grad', True)
     if kind == 'LN':
         kind = nn.LayerNorm
-    if inspect.isclass(kind):
+    if isinstance(kind, type):
+        layer_type: Callable[..., nn.Module] = kind
         if 'eps' in inspect.signature(kind).parameters:
             options.setdefault('eps', 1e-5)  # as mmcv does
 
         def build(channels: int) -> nn.Module:
-            return kind(channels, **options).requires_grad_(trained)
+            return layer_type(channels, **options).requires_grad_(trained)
     else:
         from mmcv.cnn import build_norm_layer
 
@@ -270,13 +272,14 @@ def _act(act_cfg: dict) -> Callable[[], nn.Module]:
     """
     expected = "a dict of an activation, such as {'type': 'GELU'}"
     options = _require_layer('act_cfg', act_cfg, expected)
-    kind = options.pop('type')
+    kind: Any = options.pop('type')
     if kind == 'GELU':
         kind = nn.GELU
-    if inspect.isclass(kind):
+    if isinstance(kind, type):
+        layer_type: Callable[..., nn.Module] = kind
 
         def build() -> nn.Module:
-            return kind(**options)
+            return layer_type(**options)
     else:
         from mmcv.cnn import build_activation_layer
 

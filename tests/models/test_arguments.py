@@ -52,6 +52,8 @@ def test_what_is_false_is_false(value):
     'options, message',
     [
         ({'drop_rate': float('nan')}, 'drop_rate=nan: expected a number from 0 to 1 (1 excluded)'),
+        ({'drop_rate': 10**400}, 'drop_rate=1000000'),
+        ({'mlp_ratio': 10**400}, 'mlp_ratio=1000000'),
         ({'drop_path_rate': 1}, 'drop_path_rate=1: expected a number from 0 to 1 (1 excluded)'),
         ({'qkv_bias': 'False'}, "qkv_bias='False': expected True or False"),
         ({'embed_dims': -96}, 'embed_dims=-96: expected an integer from 1 to 65536'),
