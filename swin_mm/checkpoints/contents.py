@@ -191,7 +191,7 @@ def parse(state: Mapping[str, Any]) -> Contents:
         else:
             contents.state[ours] = value
             contents.sources[ours] = key
-    if not any(key.startswith('layers.0.blocks.') for key in contents.state):
+    if not any(re.match(r'layers\.\d+\.blocks\.', key) for key in contents.state):
         raise _nothing_fits(state)
     projection = contents.state['patch_embed.proj.weight']
     if projection.ndim == 5:

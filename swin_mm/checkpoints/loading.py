@@ -230,6 +230,8 @@ def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> s
 
 def _window_notes(contents: Contents, model: SwinPyramid) -> list[str]:
     """A note where a V2 file tells the windows of its position bias and the model uses others."""
+    if not all(len(stage.blocks) for stage in model.layers):
+        return []
     attentions = [stage.blocks[0].attn for stage in model.layers]
     if not isinstance(attentions[0], WindowAttentionV2) or 'patch_embed.proj.weight' not in contents.state:
         return []

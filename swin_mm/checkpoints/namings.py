@@ -106,7 +106,7 @@ OUTPUT_NORMS = r'norm\d+\..*'
 OFFICIAL = Naming(
     'official',
     flat_position=True,
-    must_match=r'layers\.0\.blocks\.',
+    must_match=r'layers\.\d+\.blocks\.',
     index='square',
     masks=True,
     whole=True,
@@ -115,11 +115,16 @@ OFFICIAL = Naming(
 MMDET = Naming(
     'mmdet / mmseg',
     parts=(('patch_embed.proj', 'patch_embed.projection'), ('layers.{i}', 'stages.{i}')),
-    inside=(('attn', 'attn.w_msa'), ('mlp.fc1', 'ffn.layers.0.0'), ('mlp.fc2', 'ffn.layers.1')),
+    inside=(
+        ('attn', 'attn.w_msa'),
+        ('mlp.fc1', 'ffn.layers.0.0'),
+        ('mlp.act', 'ffn.layers.0.1'),
+        ('mlp.fc2', 'ffn.layers.1'),
+    ),
     unfold=True,
     flat_position=True,
     version=1,
-    must_match=r'stages\.0\.blocks\.',
+    must_match=r'stages\.\d+\.blocks\.',
     index='square',
     whole=True,
     root_key='state_dict',

@@ -13,7 +13,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from swin_mm.models.arguments import (
+    MAX_CHANNELS,
+    MAX_SIDE,
+    check_image,
+    reject,
+    require_bool,
+    require_callable,
+    require_choice,
+    require_depths,
+    require_int,
+    require_number,
+    require_out_indices,
+    require_pair,
+    require_per_stage,
+    require_pretrained_windows,
+    require_rate,
+    require_strides,
+    require_windows,
+    require_with_cp,
+    shorten,
+)
 from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2
+from swin_mm.ops.attention import KERNELS
 from swin_mm.ops.windows import Size, padded_size, tracing
 
 ARCHS: dict[str, dict[str, Any]] = {
@@ -57,6 +79,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Embed an image of any size; it is zero-padded at the bottom and right to whole patches."""
+        check_image(image, getattr(self.proj, 'in_channels', None))
         H, W = image.shape[2:]
         Hp, Wp = padded_size((H, W), self.patch)
         if tracing() or (Hp, Wp) != (H, W):
@@ -144,8 +167,9 @@ class SwinBlock(nn.Module):
     Args:
         attn: attention inside windows of ``attn.window``.
         shift: shift of the windows.
-        pad_small_map: on a map no larger than the window, keep window and shift and pad the map (detection); otherwise
-            shrink the window to the map and do not shift (classifiers).
+        pad_small_map: on a map no longer than the window along an axis, keep window and shift and pad the map
+            (detection); otherwise limit both sides of the window to the map's shorter side and do not shift (official
+            classifiers, transformers, mmpretrain; timm decides for each axis by itself).
         dim: C.
         mlp: module (..., C) -> (..., C).
         norm: returns a norm for C channels.
@@ -177,10 +201,11 @@ class SwinBlock(nn.Module):
         window, shift = self.attn.window, self.shift
         if self.pad_small_map:
             return window, shift
-        return (
-            (min(window[0], size[0]), min(window[1], size[1])),
-            (shift[0] if size[0] > window[0] else 0, shift[1] if size[1] > window[1] else 0),
-        )
+        if size[0] > window[0] and size[1] > window[1]:
+            return window, shift
+        # As in the official code: the shorter side of the map decides for both axes, timm decides by axis.
+        side = min(size)
+        return (min(window[0], side), min(window[1], side)), (0, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the block to a map, (B, H, W, C) -> (B, H, W, C)."""
@@ -252,7 +277,8 @@ class SwinPyramid(nn.Module):
         attention: name of the attention kernel, see :mod:`swin_mm.ops.attention`.
 
     Raises:
-        ValueError: arguments that do not fit together; the message says which and why.
+        TypeError: an argument of the wrong type.
+        ValueError: an argument that is not allowed, or does not fit the others; the message says which and why.
     """
 
     attention_type: ClassVar[type[WindowAttention]] = WindowAttention
@@ -286,24 +312,52 @@ class SwinPyramid(nn.Module):
         attention: str = 'auto',
     ) -> None:
         super().__init__()
-        stages = len(depths)
-        windows = _windows_per_stage(window_size, stages)
-        patch = _pair(patch_size, 'patch_size')
-        self.num_features = [embed_dims * 2**i for i in range(stages)]
-        self.out_indices = tuple(out_indices)
-        self._check(depths, num_heads, strides, patch, windows)
+        depths = require_depths('depths', depths)
+        in_channels = require_int('in_channels', in_channels, 1, MAX_CHANNELS)
+        embed_dims = require_int('embed_dims', embed_dims, 1, MAX_CHANNELS)
+        patch = require_pair('patch_size', patch_size)
+        windows = require_windows('window_size', window_size, depths)
+        mlp_ratio = require_number('mlp_ratio', mlp_ratio, 0, MAX_SIDE)
+        heads = require_per_stage(
+            'num_heads', num_heads, depths, lambda n, v: require_int(n, v, 1, MAX_CHANNELS), 'an integer of at least 1'
+        )
+        patch_stride, merging_strides = require_strides('strides', strides, depths)
+        self.out_indices = require_out_indices('out_indices', out_indices, depths)
+        qkv_bias = require_bool('qkv_bias', qkv_bias)
+        qk_scale = None if qk_scale is None else require_number('qk_scale', qk_scale)
+        patch_norm = require_bool('patch_norm', patch_norm)
+        drop_rate = require_rate('drop_rate', drop_rate)
+        attn_drop_rate = require_rate('attn_drop_rate', attn_drop_rate)
+        drop_path_rate = require_rate('drop_path_rate', drop_path_rate)
+        use_abs_pos_embed = require_bool('use_abs_pos_embed', use_abs_pos_embed)
+        pretrain_size = require_pair('pretrain_img_size', pretrain_img_size, 1, MAX_CHANNELS)
+        act = require_callable('act', act, 'a callable that returns an activation module')
+        norm = require_callable('norm', norm, 'a callable that takes channels and returns a norm over the last axis')
+        checkpointed, checkpoint_mlp = require_with_cp('with_cp', with_cp, len(depths))
+        pad_small_map = require_bool('pad_small_map', pad_small_map)
+        attention = require_choice('attention', attention, ('auto', *KERNELS))
+
+        self.num_features = [embed_dims * 2**i for i in range(len(depths))]
+        if patch != patch_stride:
+            reject('patch_size', patch_size, f'the first of strides={shorten(strides)}, as patches do not overlap')
+        if self.num_features[-1] > MAX_CHANNELS:
+            reject('depths', depths, f'at most {MAX_CHANNELS} channels in the last stage (embed_dims={embed_dims})')
+        if any(channels % n for channels, n in zip(self.num_features, heads, strict=True)):
+            expected = f'divisors of the channels {tuple(self.num_features)} (embed_dims={embed_dims})'
+            reject('num_heads', num_heads, expected)
+        if int(mlp_ratio * embed_dims) < 1:
+            reject('mlp_ratio', mlp_ratio, f'at least one hidden channel (embed_dims={embed_dims})')
+        if use_abs_pos_embed and (pretrain_size[0] < patch[0] or pretrain_size[1] < patch[1]):
+            reject('pretrain_img_size', pretrain_img_size, f'at least a patch of patch_size={patch_size!r}')
 
         self.patch_embed = PatchEmbed(in_channels, embed_dims, patch, norm if patch_norm else nn.Identity)
         self.absolute_pos_embed = None
         if use_abs_pos_embed:
-            grid = [side // p for side, p in zip(_pair(pretrain_img_size, 'pretrain_img_size'), patch, strict=True)]
+            grid = [side // p for side, p in zip(pretrain_size, patch, strict=True)]
             self.absolute_pos_embed = nn.Parameter(torch.empty(1, embed_dims, *grid))
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
-        checkpointed = [with_cp is True] * stages if isinstance(with_cp, bool | str) else list(with_cp)
-        if (isinstance(with_cp, str) and with_cp != 'mlp') or len(checkpointed) != stages:
-            raise ValueError(f"with_cp={with_cp!r}: expected a truth value, one for each of {stages} stages, or 'mlp'")
         drop_path = (drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths)))
         last = max(self.out_indices)
         self.layers = nn.ModuleList()
@@ -314,7 +368,7 @@ class SwinPyramid(nn.Module):
                     attn=self.attention_type(
                         dim,
                         window,
-                        num_heads[i],
+                        heads[i],
                         qkv_bias=qkv_bias,
                         qk_scale=qk_scale,
                         attn_drop=attn_drop_rate,
@@ -325,13 +379,15 @@ class SwinPyramid(nn.Module):
                     shift=(window[0] // 2, window[1] // 2) if j % 2 else (0, 0),
                     pad_small_map=pad_small_map,
                     dim=dim,
-                    mlp=Mlp(dim, int(mlp_ratio * dim), act, drop_rate, with_cp == 'mlp'),
+                    mlp=Mlp(dim, int(mlp_ratio * dim), act, drop_rate, checkpoint_mlp),
                     norm=norm,
                     drop_path=next(drop_path),
                 )
                 for j in range(depths[i])
             ]
-            merge = self.merging_type(dim, strides[i + 1], norm if patch_norm else nn.Identity) if i < last else None
+            merge = (
+                self.merging_type(dim, merging_strides[i], norm if patch_norm else nn.Identity) if i < last else None
+            )
             self.layers.append(SwinStage(blocks, merge, checkpointed[i]))
         for i in self.out_indices:
             self.add_module(f'norm{i}', norm(self.num_features[i]))
@@ -340,25 +396,6 @@ class SwinPyramid(nn.Module):
     def _attention_options(self, stage: int) -> dict[str, Any]:
         """Arguments of the attention that only a subclass knows."""
         return {}
-
-    def _check(
-        self, depths: Sequence[int], num_heads: Sequence[int], strides: Sequence[int], patch: Size, windows: list[Size]
-    ) -> None:
-        stages = len(depths)
-        if len(num_heads) < stages or len(strides) < stages:
-            raise ValueError(
-                f'depths={tuple(depths)} asks for {stages} stages, but there are {len(num_heads)} num_heads and '
-                f'{len(strides)} strides; give one of each per stage'
-            )
-        if patch != (strides[0], strides[0]):
-            raise ValueError(f'patch_size {patch} and strides[0]={strides[0]} differ; patches must not overlap')
-        if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices) & set(range(stages))):
-            raise ValueError(f'out_indices={self.out_indices} must be ascending stages out of 0..{stages - 1}')
-        for i, (dim, heads, window) in enumerate(zip(self.num_features, num_heads, windows, strict=False)):
-            if dim % heads:
-                raise ValueError(f'stage {i} has {dim} channels, which {heads} heads cannot share equally')
-            if min(window) < 1:
-                raise ValueError(f'stage {i} has window {window}; a window is at least 1 by 1')
 
     def embed(self, image: Tensor) -> Tensor:
         """The input of the first stage, (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
@@ -418,43 +455,21 @@ class SwinPyramidV2(SwinPyramid):
         **options: Any,
     ) -> None:
         if qk_scale is not None:
-            raise ValueError(f'qk_scale={qk_scale}: V2 learns the scale of its scores; leave qk_scale out')
-        if len(pretrained_window_sizes) < len(depths) and not any(pretrained_window_sizes):
-            pretrained_window_sizes = (0,) * len(depths)
-        if len(pretrained_window_sizes) < len(depths):
-            raise ValueError(
-                f'pretrained_window_sizes={pretrained_window_sizes}: expected one for each of {len(depths)} stages'
-            )
-        self._pretrained_windows = [_pair(w, 'pretrained_window_sizes') for w in pretrained_window_sizes]
+            reject('qk_scale', qk_scale, 'None: V2 learns the scale of its attention scores')
+        depths = require_depths('depths', depths)
+        self._pretrained_windows = require_pretrained_windows(
+            'pretrained_window_sizes', pretrained_window_sizes, depths
+        )
         super().__init__(window_size=window_size, depths=depths, **options)
         # With the norm at the end of each branch, zero lets training start from the identity, as in the official code.
         for module in self.modules():
             if isinstance(module, SwinBlock):
                 for norm in (module.norm1, module.norm2):
-                    nn.init.zeros_(norm.weight)
+                    if isinstance(weight := getattr(norm, 'weight', None), Tensor):
+                        nn.init.zeros_(weight)
 
     def _attention_options(self, stage: int) -> dict[str, Any]:
         return {'pretrained_window': self._pretrained_windows[stage]}
-
-
-def _pair(value: int | Sequence[int], name: str) -> Size:
-    """An integer, alone or in a sequence, or a pair of integers as a pair."""
-    values = (value,) if isinstance(value, int) else tuple(value)
-    if len(values) in (1, 2) and all(isinstance(v, int) for v in values):
-        return values[0], values[-1]
-    raise ValueError(f'{name}: expected an integer or (height, width), got {value!r}')
-
-
-def _windows_per_stage(window_size: int | Sequence, stages: int) -> list[Size]:
-    """One (height, width) per stage."""
-    if isinstance(window_size, int) or (len(window_size) == 2 and all(isinstance(w, int) for w in window_size)):
-        window_size = [window_size] * stages
-    if len(window_size) != stages:
-        raise ValueError(
-            f'window_size={window_size!r}: expected an integer, (height, width), or one of these for each of '
-            f'{stages} stages'
-        )
-    return [_pair(w, 'window_size') for w in window_size]
 
 
 def _init_linear(module: nn.Module) -> None:

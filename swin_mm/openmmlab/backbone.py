@@ -3,18 +3,38 @@
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
+from mmengine.registry import WEIGHT_INITIALIZERS
 from torch import nn
 
 from swin_mm.checkpoints import CheckpointError, Report, adapt, unwrap
 from swin_mm.checkpoints.loading import nothing_loaded
+from swin_mm.models.arguments import (
+    check_names,
+    reject,
+    require_bool,
+    require_choice,
+    require_depths,
+    require_int,
+    require_number,
+    shorten,
+)
 from swin_mm.models.swin import ARCHS, SwinPyramid, SwinPyramidV2
 from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.openmmlab.registry import MODELS
+from swin_mm.utils.errors import one_line
+
+# Norms whose channels are not the last axis. mmdet's Swin fails with them in forward.
+OTHER_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LocalResponseNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 
 
 class _Backbone:
@@ -37,21 +57,21 @@ class _Backbone:
         compile: bool | dict = False,
         **options: Any,
     ) -> None:
-        if arch not in ARCHS:
-            raise ValueError(f'arch={arch!r} is not known; choose from: {", ".join(ARCHS)}')
-        if pretrained and init_cfg:
-            raise ValueError('pretrained and init_cfg both say how to start; give only init_cfg')
+        check_names(type(self), options)
+        require_choice('arch', arch, ARCHS)
         given = {'embed_dims': embed_dims, 'depths': depths, 'num_heads': num_heads}
         sizes = ARCHS[arch] | {name: value for name, value in given.items() if value is not None}
+        stages = len(require_depths('depths', sizes['depths']))
+        self.frozen_stages = _require_frozen_stages(frozen_stages, stages)
+        self.strict = require_bool('strict', strict)
+        require_bool('convert_weights', convert_weights)
+        compile = _require_compile(compile)
+        init_cfg = _require_init_cfg(pretrained, init_cfg)
         super().__init__(**sizes, act=_act(act_cfg), norm=_norm(norm_cfg), **options)
-        if not -1 <= frozen_stages <= len(sizes['depths']):
-            raise ValueError(f'frozen_stages={frozen_stages} must be -1 (none) to {len(sizes["depths"])} (all)')
-        self.frozen_stages = frozen_stages
-        self.strict = strict
         if compile:
             self.compile(**(compile if isinstance(compile, dict) else {}))
         self.load_report: Report | None = None
-        self.init_cfg = {'type': 'Pretrained', 'checkpoint': pretrained} if pretrained else copy.deepcopy(init_cfg)
+        self.init_cfg = init_cfg
         self._freeze()
 
     def _freeze(self) -> None:
@@ -157,7 +177,8 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
             ``attention``, ``window_size`` per stage or as (height, width), and ``with_cp`` per stage or as 'mlp'.
 
     Raises:
-        ValueError: arguments that do not fit together.
+        TypeError: an unknown argument, or one of the wrong type.
+        ValueError: an argument that is not allowed, or does not fit the others.
 
     Example:
         >>> maps = SwinTransformer(arch='t')(torch.rand(1, 3, 224, 224))
@@ -177,27 +198,163 @@ class SwinTransformerV2(_Backbone, SwinPyramidV2, BaseModule):
     """
 
 
-def _norm(config: dict) -> Callable[[int], nn.Module]:
-    """What makes the norm layers of a ``norm_cfg``."""
-    options = dict(config)
-    kind, trained = options.pop('type'), options.pop('requires_grad', True)
+def _norm(norm_cfg: dict) -> Callable[[int], nn.Module]:
+    """Constructor of the norm layers of a ``norm_cfg``.
+
+    Raises:
+        TypeError: not a dict.
+        ValueError: it cannot be built, or does not normalise the last axis of a (B, H, W, C) map.
+    """
+    expected = "a dict of a norm over the channels (last axis), such as {'type': 'LN'}"
+    options = _require_layer('norm_cfg', norm_cfg, expected)
+    kind: Any = options.pop('type')
+    trained = options.pop('requires_grad', True)
     if kind == 'LN':
         kind = nn.LayerNorm
-    elif not inspect.isclass(kind):
+    if isinstance(kind, type):
+        layer_type: Callable[..., nn.Module] = kind
+        if 'eps' in inspect.signature(kind).parameters:
+            options.setdefault('eps', 1e-5)  # as mmcv does
+
+        def build(channels: int) -> nn.Module:
+            return layer_type(channels, **options).requires_grad_(trained)
+    else:
         from mmcv.cnn import build_norm_layer
 
-        return lambda channels: build_norm_layer(config, channels)[1]
-    return lambda channels: kind(channels, **options).requires_grad_(trained)
+        def build(channels: int) -> nn.Module:
+            return build_norm_layer(norm_cfg, channels)[1]
+
+    if options.get('eps') is not None:
+        try:
+            require_number('eps', options['eps'], 0)
+        except (TypeError, ValueError) as error:
+            reject('norm_cfg', norm_cfg, f'{expected} ({error})', type(error))
+    _try_layer('norm_cfg', norm_cfg, expected, lambda: build(4))
+    return build
 
 
-def _act(config: dict) -> Callable[[], nn.Module]:
-    """What makes the activation layers of an ``act_cfg``."""
-    options = dict(config)
-    kind = options.pop('type')
+def _act(act_cfg: dict) -> Callable[[], nn.Module]:
+    """Constructor of the activation layers of an ``act_cfg``.
+
+    Raises:
+        TypeError: not a dict.
+        ValueError: it cannot be built, or changes the shape of its input.
+    """
+    expected = "a dict of an activation, such as {'type': 'GELU'}"
+    options = _require_layer('act_cfg', act_cfg, expected)
+    kind: Any = options.pop('type')
     if kind == 'GELU':
         kind = nn.GELU
-    elif not inspect.isclass(kind):
+    if isinstance(kind, type):
+        layer_type: Callable[..., nn.Module] = kind
+
+        def build() -> nn.Module:
+            return layer_type(**options)
+    else:
         from mmcv.cnn import build_activation_layer
 
-        return lambda: build_activation_layer(config)
-    return lambda: kind(**options)
+        def build() -> nn.Module:
+            return build_activation_layer(act_cfg)
+
+    _try_layer('act_cfg', act_cfg, expected, build)
+    return build
+
+
+def _require_layer(name: str, config: Any, expected: str) -> dict[str, Any]:
+    """A copy of a layer's config."""
+    if not isinstance(config, dict) or not isinstance(config.get('type'), str | type | Callable):
+        reject(name, config, expected, ValueError if isinstance(config, dict) else TypeError)
+    return dict(config)
+
+
+def _try_layer(name: str, config: dict, expected: str, build: Callable[[], nn.Module]) -> None:
+    """Build a layer and apply it to a small map, so that one that cannot work is rejected at once."""
+    try:
+        with torch.device('cpu'), torch.no_grad():
+            layer = build()
+            if isinstance(layer, OTHER_NORMS):
+                raise ValueError(f'{type(layer).__name__} normalises other axes')
+            shape = layer(torch.ones(1, 2, 3, 4)).shape
+        if shape != (1, 2, 3, 4):
+            raise ValueError(f'{type(layer).__name__} changes the shape of a map')
+    except ImportError:
+        raise
+    except Exception as error:
+        message = one_line(error)
+        raise ValueError(f'{name}={shorten(config)}: expected {expected} ({message})') from error
+
+
+def _require_frozen_stages(frozen_stages: Any, stages: int) -> int:
+    try:
+        return require_int('frozen_stages', frozen_stages, maximum=stages)
+    except (TypeError, ValueError) as error:
+        reject('frozen_stages', frozen_stages, f'an integer from -1 (none) to {stages} (all stages)', type(error))
+
+
+def _require_compile(compile: Any) -> bool | dict[str, Any]:
+    """Whether to compile, or the options of ``torch.compile``, which are tried out."""
+    expected = 'True, False, or the options of torch.compile'
+    if not isinstance(compile, dict):
+        return require_bool('compile', compile, ', or the options of torch.compile')
+    try:
+        torch.compile(nn.Identity(), **compile)
+    except Exception as error:
+        raise ValueError(f'compile={shorten(compile)}: expected {expected} ({one_line(error)})') from error
+    return compile
+
+
+def _require_init_cfg(pretrained: Any, init_cfg: Any) -> dict | list[dict] | None:
+    """The ``init_cfg`` of both arguments.
+
+    Raises:
+        TypeError: neither a path nor a config.
+        ValueError: both are given, or a config names no initialiser or no checkpoint.
+    """
+    if pretrained is not None:
+        if init_cfg:
+            raise ValueError(f'pretrained={shorten(pretrained)}, init_cfg={shorten(init_cfg)}: expected only init_cfg')
+        if not isinstance(pretrained, str | os.PathLike):
+            reject('pretrained', pretrained, 'the path or address of a checkpoint, or None', TypeError)
+        if not str(pretrained):
+            reject('pretrained', pretrained, 'the path or address of a checkpoint, or None')
+        return {'type': 'Pretrained', 'checkpoint': os.fspath(pretrained)}
+    if init_cfg is None:
+        return None
+    several = isinstance(init_cfg, list | tuple)
+    configs = [copy.deepcopy(config) for config in (init_cfg if several else [init_cfg])]
+    expected = (
+        "None, {'type': 'Pretrained', 'checkpoint': path or address}, an initialiser of mmengine, or a list of these"
+    )
+    if not configs or not all(isinstance(config, dict) for config in configs):
+        reject('init_cfg', init_cfg, expected, ValueError if several and not configs else TypeError)
+    for config in configs:
+        if 'checkpoint' in config:
+            config.setdefault('type', 'Pretrained')  # mmdet does not ask for the type
+        if reason := _reason_against_initialiser(config):
+            reject('init_cfg', init_cfg, f'{expected} ({reason})')
+    return configs if several else configs[0]
+
+
+def _reason_against_initialiser(config: dict) -> str | None:
+    """Why mmengine cannot initialise from this, or None."""
+    if not config.get('type'):
+        return "no 'type'"
+    if getattr(config['type'], '__name__', config['type']) in ('Pretrained', 'PretrainedInit'):
+        checkpoint = config.get('checkpoint')
+        if not isinstance(checkpoint, str | os.PathLike) or not str(checkpoint):
+            return f"'checkpoint' is {shorten(checkpoint)}"
+        if not isinstance(config.get('prefix'), str | None):
+            return f"'prefix' is {shorten(config['prefix'])}"
+        config['checkpoint'] = os.fspath(checkpoint)
+    overrides = config.get('override') or []
+    for override in overrides if isinstance(overrides, list) else [overrides]:
+        if not isinstance(override, dict) or 'name' not in override:
+            return f"'override' is {shorten(override)}, without 'name'"
+        options = {key: value for key, value in override.items() if key != 'name'}
+        if options and (reason := _reason_against_initialiser(options)):
+            return f"in 'override': {reason}"
+    try:
+        WEIGHT_INITIALIZERS.build({key: value for key, value in config.items() if key != 'override'})
+    except Exception as error:
+        return one_line(error)
+    return None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.oracles import SMALL, mmdet_twin, relative_error, transformers_twin
+from support.reference_models import reference
 from torch import Tensor, nn
 
 import swin_mm
@@ -155,3 +156,21 @@ def test_v2_equals_transformers(window, size, options):
     image = torch.rand(2, 3, *(size if isinstance(size, tuple) else (size, size)))
     with torch.no_grad():
         assert relative_error(ours(image), theirs(image).feature_maps) <= 1e-5
+
+
+@pytest.mark.parametrize('library', ['transformers', 'mmpretrain'])
+@pytest.mark.parametrize('size', [(224, 448), (448, 224)])
+def test_v1_classifiers_decide_by_the_shorter_side_of_a_small_map(library, size):
+    """Stage 4 at 224 x 448 is 7 x 14: one window high, two wide, and not shifted along either axis."""
+    theirs = reference(library, 1, image_size=size)
+    ours = swin_mm.SwinTransformer(out_indices=(3,), pad_small_map=False, drop_path_rate=0.0).eval()
+    ours.load_state_dict(theirs.state)
+    outputs = []
+    (theirs.model.swin.layernorm if library == 'transformers' else theirs.model.backbone.norm3).register_forward_hook(
+        lambda _module, _args, output: outputs.append(output)
+    )
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs.model(image)
+        (ours_map,) = ours(image)
+    assert relative_error([ours_map.flatten(2).transpose(1, 2)], [outputs[0].reshape(1, -1, 768)]) < 1e-4

@@ -84,24 +84,6 @@ def test_pretrain_img_size_in_every_spelling(size):
     assert model.absolute_pos_embed.shape == (1, 32, 56, 56)
 
 
-@pytest.mark.parametrize(
-    'options, message',
-    [
-        ({'arch': 'xl'}, "arch='xl'.*t, s, b, l"),
-        ({'frozen_stages': 5}, 'frozen_stages=5 must be -1'),
-        ({'pretrained': 'a.pth', 'init_cfg': {'type': 'Pretrained', 'checkpoint': 'b.pth'}}, 'pretrained and init_cfg'),
-    ],
-)
-def test_arguments_that_do_not_fit_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        swin_mm.SwinTransformer(**options)
-
-
-def test_misspelt_argument_is_named():
-    with pytest.raises(TypeError, match='windowsize'):
-        swin_mm.SwinTransformer(windowsize=7)
-
-
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
 @pytest.mark.parametrize('with_cp', [False, True])
 @BOTH
