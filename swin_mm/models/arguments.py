@@ -54,10 +54,11 @@ def require_number(name: str, value: Any, minimum: float | None = None, maximum:
     expected = f'a finite number{_range(minimum, maximum)}'
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
         reject(name, value, expected, TypeError)
-    finite = math.isfinite(_float(number))
-    if not finite or (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+    real = _float(number)
+    below, above = minimum is not None and real < minimum, maximum is not None and real > maximum
+    if not math.isfinite(real) or below or above:
         reject(name, value, expected)
-    return int(number) if isinstance(number, numbers.Integral) else float(number)
+    return int(number) if isinstance(number, numbers.Integral) else real
 
 
 def require_rate(name: str, value: Any) -> float:
