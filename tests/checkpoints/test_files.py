@@ -123,6 +123,45 @@ def test_settings_of_official_scripts_are_read_without_their_classes(tmp_path, f
     assert (loaded['args'].lr, loaded['steps'][11]) == (0.1, 1)
 
 
+def same(ours, theirs) -> bool:
+    """Whether two contents are equal, types and layouts included."""
+    if isinstance(theirs, torch.Tensor):
+        layout = [(t.dtype, t.shape, t.stride(), t.requires_grad) for t in (ours, theirs)]
+        return type(ours) is type(theirs) and layout[0] == layout[1] and torch.equal(ours, theirs)
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[key], value) for key, value in theirs.items())
+    if isinstance(theirs, list | tuple):
+        return type(ours) is type(theirs) and len(ours) == len(theirs) and all(map(same, ours, theirs))
+    return type(ours) is type(theirs) and ours == theirs
+
+
+@pytest.mark.parametrize('form', ['zip', 'older'])
+def test_content_is_what_torch_reads(tmp_path, form):
+    net = torch.nn.BatchNorm1d(3)
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.rand(4, 3)).sum().backward()
+    optimizer.step()
+    w = torch.rand(100)
+    content = {
+        'state_dict': net.state_dict(),
+        'optimizer': optimizer.state_dict(),
+        'views': [w[::2], w.view(10, 10).T, w],
+        'types': [w.to(dtype) for dtype in (torch.float16, torch.bfloat16, torch.int8, torch.bool, torch.complex64)],
+        'sizes': [torch.empty(0, 3), torch.tensor(3)],
+        'parameters': [torch.nn.Parameter(w), torch.nn.Parameter(w, requires_grad=False), w.clone().requires_grad_()],
+        'others': [torch.Size([1, 2]), torch.device('cpu'), torch.float16, {1, 2}, 2**80, b'bytes', (None, True), 1.5],
+    }
+    if form == 'zip':  # the older format does not have it
+        content['new types'] = torch.tensor([1, 2]).to(torch.uint16)
+    torch.save(content, tmp_path / 'a.pth', _use_new_zipfile_serialization=form == 'zip')
+    ours, theirs = read_checkpoint(tmp_path / 'a.pth'), torch.load(tmp_path / 'a.pth', weights_only=True)
+    assert same(ours, theirs) and same(theirs, content)
+    assert ours['state_dict']._metadata == theirs['state_dict']._metadata
+    assert ours['views'][0].data_ptr() == ours['views'][2].data_ptr()  # shared, as they were
+    assert read_checkpoint(tmp_path / 'a.pth', 'meta')['views'][1].is_meta
+    assert same(read_checkpoint(tmp_path / 'a.pth', lambda storage, location: storage), content)
+
+
 @pytest.mark.parametrize('protocol', [2, 4])
 def test_plain_pickles_of_arrays_and_tensors_open(tmp_path, protocol):
     arrays = {'a': np.arange(6.0).reshape(2, 3), 'n': np.float32(2), 'of ints': np.arange(3)}
