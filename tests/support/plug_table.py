@@ -53,19 +53,21 @@ def measure(method: str, name: str) -> Row:
 def count_both(before: Config, after: Config) -> str:
     """Return the 10^9 multiply-adds of predicting on one image, of heads too where they run without data."""
     complexity = importlib.import_module('tools.model_info')
+    side = before.model.backbone.get('img_size', SIZE) if 'backbone' in before.model else SIZE
+    side = side if isinstance(side, int) else side[0]  # some transformers accept only one image size
+    mark = '' if side == SIZE else f' ({side})'
     try:
-        figures = [sum(complexity.macs(cfg, SIZE, SIZE).values()) for cfg in (before, after)]
-        mark = ''
+        figures = [sum(complexity.macs(cfg, side, side).values()) for cfg in (before, after)]
     except Exception:
-        figures, mark = [count_without_heads(cfg) for cfg in (before, after)], ' *'
+        figures, mark = [count_without_heads(cfg, side) for cfg in (before, after)], f'{mark} *'
     return f'{figures[0] / 1e9:.1f} → {figures[1] / 1e9:.1f}{mark}'
 
 
-def count_without_heads(cfg: Config) -> int:
+def count_without_heads(cfg: Config, side: int) -> int:
     """Return the multiply-adds of backbone and neck."""
     model = importlib.import_module('tools.model_info').build(cfg, 'cpu')
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.extract_feat(torch.zeros(1, 3, SIZE, SIZE))
+        model.extract_feat(torch.zeros(1, 3, side, side))
     return counter.get_total_flops() // 2
 
 
@@ -97,10 +99,13 @@ def main() -> None:
     """Measure the rows of a page again."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('page', type=Path)
+    parser.add_argument('--only', default='', metavar='TEXT', help='rows whose config contains this')
     parser.add_argument('--write', action='store_true', help='replace the rows in the page')
     args = parser.parse_args()
     text = args.page.read_text()
     for match in ROW.finditer(text):
+        if args.only not in match['config']:
+            continue
         row = measure(match['method'], match['config']).markdown()
         print(row, flush=True)
         text = text.replace(match[0], row)
