@@ -41,7 +41,7 @@ class PreemptionHook(Hook):
         """Install the signal handlers; run the validation that the checkpoint resumed from was saved before."""
         self._process = os.getpid()
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 self._previous[number] = signal.signal(number, self._receive)
         due = getattr(runner.train_loop, 'validation_is_due', lambda: False)
         if runner.iter and due() and runner.message_hub.runtime_info.get(_VALIDATED_AT) != runner.iter:
