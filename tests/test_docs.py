@@ -181,7 +181,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clone(place: Path, folder: Path) -> Path:
     """The root of the repository as commands see it, with the configs that pages tell the reader to write."""
-    for name in ('configs', 'tools', 'data'):
+    (folder / 'data').mkdir()
+    for name in ('configs', 'tools', *(f'data/{path.name}' for path in (place / 'data').iterdir())):
         (folder / name).symlink_to(place / name)
     for block in PYTHON:
         if written := re.match(r'# (\w+\.py)\n', block.text):
@@ -308,7 +309,8 @@ def provide(name: str, config: str, folder: Path, runs) -> str:
         shutil.copy(next(runs(config).glob('*_[0-9]*.pth')), path)
         return str(path)
     trained = f'{(path.parent if path.suffix else path).name}.py'
-    if made_by := next((*ROOT.glob(f'configs/*/{glob.escape(trained)}'), *folder.glob(glob.escape(trained))), None):
+    configs = [*ROOT.glob(f'configs/*/{glob.escape(trained)}'), *folder.glob(glob.escape(trained))]
+    if made_by := next(iter(configs), None):
         work_dir = folder / name if not path.suffix else path.parent
         shutil.copytree(runs(os.path.relpath(made_by, ROOT if made_by.is_relative_to(ROOT) else folder)), work_dir)
         if path.suffix:
@@ -427,6 +429,8 @@ def test_python_runs(piece, folder, runs):
         if name == WEIGHTS:
             torch.save({'model': SwinPyramid(**ARCHS['t']).state_dict()}, folder / name)
         provide(name, '', folder, runs)
+    if 'data/mine' in piece.text:
+        (folder / 'data/mine').unlink()  # the snippet makes it
     in_process(folder, execute, piece.text)
 
 
