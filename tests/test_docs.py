@@ -183,7 +183,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def clone(place: Path, folder: Path) -> Path:
     """Link the repository into a folder, and write the configs that pages tell the reader to write."""
-    for name in ('configs', 'tools', 'data'):
+    (folder / 'data').mkdir()
+    for name in ('configs', 'tools', *(f'data/{path.name}' for path in (place / 'data').iterdir())):
         (folder / name).symlink_to(place / name)
     for block in PYTHON:
         if written := re.match(r'# (\w+\.py)\n', block.text):
@@ -436,6 +437,8 @@ def test_python_runs(piece, folder, runs):
         if name == WEIGHTS:
             torch.save({'model': SwinPyramid(**ARCHS['t']).state_dict()}, folder / name)
         provide(name, '', folder, runs)
+    if 'data/mine' in piece.text:
+        (folder / 'data/mine').unlink()  # the snippet makes it
     in_process(folder, execute, piece.text)
 
 
