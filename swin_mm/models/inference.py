@@ -28,7 +28,7 @@ TILE_TOKENS = 8192  # tokens of a map that a block processes at a time on a CPU
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """Return a frozen, faster copy of a Swin backbone, or of a model with Swin backbones.
 
-    The copy is in evaluation mode. Up to rounding, it computes what ``model.eval()`` computes under ``torch.no_grad()``.
+    The copy is in evaluation mode. Up to rounding, it equals ``model.eval()`` under ``torch.no_grad()``.
     Its backbone has no parameters and no state dict: ``train()``, ``load_state_dict()``, ``state_dict()`` and
     conversions by ``.to()`` raise. To change weights, dtype or device, change the original model and call this function
     again. On CPUs the gain is largest; on other devices it saves casts of weights and position biases.
