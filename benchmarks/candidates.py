@@ -1,4 +1,4 @@
-"""The candidates: backbones and whole models, and what each does when its turn comes."""
+"""The candidates: backbones and whole models, and the step of each that is timed."""
 
 import itertools
 import logging
@@ -41,7 +41,7 @@ class Case:
     task: str = 'backbone'
 
     def __str__(self) -> str:
-        """As it is called in tables and files."""
+        """The name of the case in tables and files."""
         return f'{self.task} {self.what} {self.dtype} {self.size[0]}×{self.size[1]} batch {self.batch}'
 
 
@@ -62,7 +62,7 @@ def transformers_swin(arch: dict, size: Size) -> nn.Module:
 
 
 def timm_swin(arch: dict, size: Size) -> nn.Module:
-    """The model of timm as it gives features, which are not normed; it is built for one size of image."""
+    """The model of timm, with features that have no output norm; it is built for one image size."""
     import timm
 
     sizes = {'embed_dim': arch['embed_dims'], 'depths': arch['depths'], 'num_heads': arch['num_heads']}
@@ -82,7 +82,7 @@ def optimized(model: nn.Module) -> nn.Module:
     return optimize_for_inference(model)
 
 
-# Name -> what builds it from an arch and the size of images. --kernels NAME times ours/NAME.
+# Name -> function that builds the model from an arch and the image size. --kernels NAME times ours/NAME.
 RIVALS = {'mmdet': mmdet_swin, 'transformers': transformers_swin, 'timm': timm_swin}
 OPTIMIZED = 'ours/optimized'  # inference only; the plain model until it has its weights, see Bench.build
 OURS = {'ours': our_swin, OPTIMIZED: our_swin}
@@ -142,7 +142,7 @@ def whole_model(kind: str, case: Case, device: str, quick: bool) -> tuple[nn.Mod
 
 
 def whole_step(model: nn.Module, data: dict, training: bool, context: AbstractContextManager) -> Step:
-    """A test step, or a training step that changes nothing; it returns the backbone's maps."""
+    """A test step, or a training step with learning rate 0; returns the backbone's maps."""
     from mmengine.optim import OptimWrapper
 
     optimizer = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.0))
@@ -167,7 +167,7 @@ def backbone_step(
     training: bool,
     context: AbstractContextManager,
 ) -> Step:
-    """Forward, and in training backward from random gradients; it returns the maps and the gradient furthest back."""
+    """Forward, and in training backward from random gradients; returns the maps and the first parameter's gradient."""
     gradients: list[Tensor] = []
 
     def step() -> Sequence[Tensor]:
@@ -188,7 +188,7 @@ def backbone_step(
 
 
 class Bench:
-    """Makes the candidates of a case ready, one after the other."""
+    """Builds the candidates of a case, one at a time."""
 
     def __init__(self, case: Case, device: str, arch: dict, quick: bool) -> None:
         """Take the case, 'cpu' or 'cuda', the arguments that size a backbone, and whether whole models are tiny."""
@@ -204,7 +204,7 @@ class Bench:
             self.images = {torch.float32: pool, self.dtype: pool.to(self.dtype)}
 
     def build(self, name: str) -> tuple[nn.Module, Step]:
-        """The model of a candidate, and what its turn calls."""
+        """The model of a candidate, and the step to time."""
         kind, _, mode = name.partition('+')
         whole = self.case.task != 'backbone'
         torch.manual_seed(0)
@@ -250,7 +250,7 @@ class Bench:
         return torch.compile(model, mode='reduce-overhead' if graphs else 'default')
 
     def start(self, name: str) -> tuple[Step, list[Tensor], int]:
-        """What a candidate's turn calls, its first outputs, and the bytes that it needs at its peak."""
+        """The step of a candidate, its first outputs, and its peak memory in bytes."""
         if self.device == 'cuda':
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()

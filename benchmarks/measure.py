@@ -26,7 +26,7 @@ from swin_mm.utils.files import atomic_write
 TOLERANCES = {'fp32': 1e-3, 'fp16': 0.02, 'bf16': 0.05}  # of the largest value; seen on a CPU: 1e-6, bf16 0.018
 SAMPLE = 0.02  # seconds that a candidate's turn takes at least
 PACKAGES = ('swin_mm', 'torch', 'triton', 'mmdet', 'mmseg', 'transformers', 'timm')
-LIMIT = 450  # seconds after which a preset with bars begins nothing new
+LIMIT = 450  # seconds after which a preset with bars starts no further case
 
 
 def deviation(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -35,7 +35,7 @@ def deviation(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 
 def seconds_per_call(work: Step, calls: int, device: str) -> float:
-    """Time of one of so many calls in a row."""
+    """Mean time of ``calls`` calls in a row."""
     if device == 'cuda':
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -67,7 +67,7 @@ def count_flops(case: Case, arch: dict) -> int:
     """Floating-point operations of our backbone, two for a multiply-add; backward counts twice as much as forward."""
     with torch.device('meta'):
         model = SwinPyramid(**arch, attention='sdpa')
-    # In training mode all is done by plain operators, which the counter knows.
+    # In training mode only plain operators are used, which the counter knows.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.empty(case.batch, 3, *case.size, device='meta'))
     return counter.get_total_flops() * (3 if case.what == TRAIN else 1)
@@ -89,7 +89,7 @@ def run_case(case: Case, names: list[str], device: str, arch: dict, quick: bool 
         print(f'    {name}', file=sys.stderr, flush=True)
         try:
             works[name], outputs, row['memory'] = bench.start(name)
-        except Exception as error:  # one may not support a size or run out of memory; the others go on
+        except Exception as error:  # one may not support a size or run out of memory; continue with the others
             row['note'] = f'failed: {type(error).__name__}: {" ".join(str(error).split())[:200]}'
             continue
         if name.replace('+', '/').partition('/')[0] in TWINS:
@@ -103,7 +103,7 @@ def run_case(case: Case, names: list[str], device: str, arch: dict, quick: bool 
 
 
 def describe_machine(device: str, quick: bool) -> dict:
-    """What the figures depend on besides the code; the rate of copying is measured."""
+    """A description of the machine, with its measured copy bandwidth."""
     size = (1 << 20) if quick else (1 << 28)
     source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
     copy = take_turns({'copy': lambda: [target.copy_(source)]}, device, quick)['copy']
@@ -124,7 +124,7 @@ def measure(
 
     Args:
         cases: names of the candidates of each case.
-        bars: what is asked of them.
+        bars: required values.
         out: folder of the results.
         device: 'cpu' or 'cuda'.
         arch: arguments that size a backbone.

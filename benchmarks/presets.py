@@ -1,4 +1,4 @@
-"""What is measured: cases, candidates, and bars to meet."""
+"""What is measured: cases, candidates, and bars, the required values."""
 
 import importlib.util
 import itertools
@@ -88,10 +88,10 @@ def choose(
         preset: key of ``PRESETS``.
         device: 'cpu' or 'cuda'.
         tasks: of whole models, instead of both.
-        whats: instead of the preset's, and so ``dtypes``, ``sizes`` and ``batches``.
-        dtypes: see there.
-        sizes: see there.
-        batches: see there.
+        whats: inference, training; replaces the preset's, as do ``dtypes``, ``sizes`` and ``batches``.
+        dtypes: see :class:`Grid`.
+        sizes: see :class:`Grid`.
+        batches: see :class:`Grid`.
         kernels: attention kernels of ours to measure.
         against: rivals to measure; None for the first that is installed.
         compiled: also measure each candidate compiled.
@@ -104,7 +104,7 @@ def choose(
     names = rivals + ['ours' if kernel == 'auto' else f'ours/{kernel}' for kernel in kernels]
     names += [f'{name}+compile' for name in names if compiled and name != OPTIMIZED]
 
-    def fit(case: Case) -> Case:
+    def shrink_if_quick(case: Case) -> Case:
         small = (max(case.size[0] // 8, 64), max(case.size[1] // 8, 64))
         return replace(case, size=small, batch=min(case.batch, 2)) if quick else case
 
@@ -113,7 +113,7 @@ def choose(
 
     bars, grids = PRESETS[preset]
     rival = rivals[0] if rivals else 'mmdet'
-    bars = [replace(bar, case=fit(bar.case), rival=bar.rival.replace('mmdet', rival)) for bar in bars]
+    bars = [replace(bar, case=shrink_if_quick(bar.case), rival=bar.rival.replace('mmdet', rival)) for bar in bars]
     elsewhere = {'cpu': 'triton', 'cuda': 'cpu'}[device]
     every = [f'ours/{kernel}' for kernel in KERNELS if preset == 'gpu' and kernel != elsewhere]
     cases: dict[Case, list[str]] = {}
@@ -124,7 +124,7 @@ def choose(
     for grid in grids:
         axes = (whats or grid.whats, dtypes or grid.dtypes, sizes or grid.sizes, batches or grid.batches)
         for what, dtype, size, batch in itertools.product(*axes):
-            case = fit(Case(what, dtype or {'cpu': 'fp32', 'cuda': 'bf16'}[device], size, batch, grid.task))
+            case = shrink_if_quick(Case(what, dtype or {'cpu': 'fp32', 'cuda': 'bf16'}[device], size, batch, grid.task))
             if grid.task == 'backbone':
                 cases.setdefault(case, list(dict.fromkeys(with_optimized(case, names))))
             elif grid.task in (tasks or CONFIGS):

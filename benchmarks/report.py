@@ -1,4 +1,4 @@
-"""What the measured seconds mean: ratios, floors, bars, tables and plots."""
+"""Evaluation of the measured times: ratios, floors, bars, tables and plots."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from swin_mm.utils.files import atomic_write
 
 @dataclass(frozen=True)
 class Bar:
-    """What is asked of a case.
+    """A required value of a case, such as a ratio of at least 1.3.
 
     Args:
         case: where; its text is the name of the result.
@@ -31,7 +31,7 @@ class Bar:
     rival: str = 'mmdet'
 
     def judge(self, results: list[dict]) -> dict:
-        """What was measured of it, and whether that is enough."""
+        """The measured value, and whether it meets the requirement."""
         result = next((result for result in results if result['name'] == str(self.case)), {'rows': {}, 'seconds': {}})
         rows = {name: row for name, row in result['rows'].items() if name in result['seconds']}
         measured = None
@@ -59,7 +59,7 @@ def quartiles(values: Iterable[float]) -> list[float]:
 
 
 def summarise(result: dict) -> None:
-    """Add to each row of a result what follows from the seconds of each round.
+    """Add to each row of a result the values derived from the times of each round.
 
     ms; images per second; ratio: its time over ours of the same mode; floor: its time over what the result's ``flops``
     take at the rate of the matrix product; share: of the whole model's time, for its backbone.
@@ -130,7 +130,7 @@ def show_results(results: list[dict]) -> None:
 
 
 def show_machine(record: dict) -> None:
-    """Print what the machine does at best."""
+    """Print the peak rates of the machine."""
     rates: dict[str, list[float]] = {}
     for result in record['results']:
         rates.setdefault(result['case']['dtype'], []).append(

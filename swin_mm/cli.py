@@ -1,4 +1,4 @@
-"""What the command-line tools share: arguments, reading the config, exit codes.
+"""Shared code of the command-line tools: arguments, reading the config, exit codes.
 
 Exit codes: 0 success, 1 failure, 2 invalid input, 128 + signal number when interrupted (130 for Ctrl-C).
 """
@@ -20,12 +20,12 @@ from swin_mm.utils.errors import CheckpointError, DependencyError, InputError, S
 
 
 def parser(description: str, runner: bool = True, **kwargs: Any) -> ArgumentParser:
-    """The arguments that all tools on a config have, with the names that mmdet and mmseg use.
+    """Create a parser with the arguments of all tools that take a config, named as in mmdet and mmseg.
 
     Args:
         description: what the tool does.
-        runner: whether it builds mmengine's Runner, which wants a work_dir and a launcher.
-        kwargs: more for ArgumentParser; an ``epilog`` keeps its line breaks.
+        runner: whether the tool builds mmengine's Runner, which needs a work_dir and a launcher.
+        kwargs: further arguments of ArgumentParser; an ``epilog`` keeps its line breaks.
     """
     kwargs.setdefault('formatter_class', RawDescriptionHelpFormatter)
     result = ArgumentParser(description=description, **kwargs)
@@ -54,9 +54,9 @@ def parser(description: str, runner: bool = True, **kwargs: Any) -> ArgumentPars
 
 
 def run(main: Callable[[Namespace], None], args: Namespace) -> int:
-    """Call ``main`` and turn what it raises into one line and an exit code.
+    """Call ``main`` and turn errors about the input into one line and an exit code.
 
-    An error that is not about the input keeps its traceback: it may come hours into a run.
+    Other errors keep their traceback, since they may occur hours into a run.
     """
     _open_streams()
     try:
@@ -95,15 +95,15 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def _open_streams() -> None:
-    """Have standard streams that can be written to, whatever the shell closed and the locale lacks.
+    """Make the standard streams writable even if the shell closed them or the locale cannot encode some text.
 
-    Where standard output is closed, the next file that is opened would take its place and get what is printed.
+    If standard output is closed, the next file to be opened would get its descriptor and receive the printed text.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, this one
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 (open as long as the process)
@@ -112,15 +112,15 @@ def _open_streams() -> None:
 
 
 def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg: cfg) -> Config:
-    """Read the config that ``parser`` was given, with its options and, for a runner, work_dir and launcher set.
+    """Read the config named on the command line, and apply ``--cfg-options`` and, for a runner, work_dir and launcher.
 
     Args:
-        args: what ``parser`` gives.
-        change: what happens to the config before its options are set.
+        args: the result of ``parser().parse_args()``.
+        change: applied to the config before its options.
 
     Raises:
-        InputError: it is not there or cannot be read, or the options do not fit it.
-        DependencyError: it builds on a library that is absent or broken.
+        InputError: the config does not exist or cannot be read, or the options do not fit it.
+        DependencyError: the config needs a library that is missing or broken.
     """
     cfg = change(load_config(args.config))
     for warning in apply_options(cfg, args.cfg_options):
@@ -143,7 +143,7 @@ def read_config(args: Namespace, change: Callable[[Config], Config] = lambda cfg
 
 
 def _require_utf8(*paths: str) -> None:
-    """Logs and the config that mmengine writes are UTF-8 and cannot hold the names of other files."""
+    """Raise for paths that are not UTF-8, which logs and the config that mmengine writes cannot contain."""
     for path in paths:
         try:
             path.encode()

@@ -1,4 +1,4 @@
-"""How fast our Swin is beside those of mmdet, transformers and timm, and beside what the machine can do at best.
+"""Compare the speed of our Swin with mmdet's, transformers' and timm's, and with the peak of the machine.
 
     python tools/benchmark.py --preset cpu       the figures for a CPU and their bars, in 8 minutes on 2 cores
     python tools/benchmark.py --preset gpu       the same for a GPU; PyTorch, Triton and NumPy are enough
@@ -7,8 +7,8 @@
     python tools/benchmark.py --sizes 512,800x1333 --dtypes fp32,bf16 --kernels auto,sdpa --against mmdet --compile
 
 All candidates run in one process and take turns, so that whatever else the machine does affects all alike; ratios are
-taken round by round, and a median is given with its quartiles. `ours` is the plain backbone; `ours/optimized` is what
-swin_mm.optimize_for_inference makes of it. In bf16 and fp16, training and all of mmdet run under autocast; other
+taken round by round, and a median is given with its quartiles. `ours` is the plain backbone; `ours/optimized` is the
+result of swin_mm.optimize_for_inference. In bf16 and fp16, training and all of mmdet run under autocast; other
 inference has its weights in that type. A training step is forward and backward, for whole models with the optimizer's
 step. Sizes, types and so on, where given, replace the preset's, except for its bars.
 
@@ -67,7 +67,7 @@ def parse_args() -> Namespace:
         return [(height, width) for height, width in (pair * 2 if len(pair) == 1 else pair for pair in pairs)]
 
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument('--preset', choices=[name for name in PRESETS if name], help='a choice of all that follows')
+    parser.add_argument('--preset', choices=[name for name in PRESETS if name], help='a preset of the options below')
     parser.add_argument('--task', type=listed(*CONFIGS), help='with --preset models: of detection,segmentation')
     parser.add_argument('--what', type=listed(INFER, TRAIN), help='of inference,training')
     parser.add_argument('--dtypes', type=listed(*DTYPES), help='of fp32,bf16,fp16, the last on GPUs only')
@@ -84,7 +84,7 @@ def parse_args() -> Namespace:
     parser.add_argument('--arch', choices=ARCHS, default='t', help='size of the backbone')
     parser.add_argument('--device', choices=('cpu', 'cuda'), help='default: a GPU where there is one')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder of the results')
-    parser.add_argument('--quick', action='store_true', help='tiny models and images: does everything run?')
+    parser.add_argument('--quick', action='store_true', help='tiny models and images, to see whether everything runs')
     args = parser.parse_args()
     if not args.device:
         args.device = 'cuda' if torch.cuda.is_available() and args.preset != 'cpu' else 'cpu'

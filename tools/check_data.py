@@ -27,7 +27,7 @@ def parse_args() -> Namespace:
     parser = cli.parser(__doc__, runner=False, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--part', nargs='+', choices=PARTS, help='what to read (default: all that the config has)')
     parser.add_argument('--out', type=Path, metavar='DIR', help='folder for problems.txt and plots')
-    parser.add_argument('--workers', type=int, help='processes that decode (default: one per core)')
+    parser.add_argument('--workers', type=int, help='decoding processes (default: one per core)')
     return parser.parse_args()
 
 

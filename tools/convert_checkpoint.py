@@ -1,4 +1,4 @@
-"""Convert Swin weights between the key namings of libraries, or show what a file is.
+"""Convert Swin weights between the key namings of libraries, or inspect a file.
 
     python tools/convert_checkpoint.py SRC --inspect
     python tools/convert_checkpoint.py SRC DST --to timm
@@ -44,7 +44,7 @@ def parse_args() -> argparse.Namespace:
         help='window, or one per stage, of V2 weights from timm or transformers, whose files do not tell; needed for '
         'targets that store tables or a config that depend on it (torchvision, mmpretrain, official, transformers)',
     )
-    parser.add_argument('--prefix', help='which of several backbones in SRC: the beginning of its keys')
+    parser.add_argument('--prefix', help='which of several backbones in SRC to convert: the prefix of its keys')
     parser.add_argument('--force', action='store_true', help='replace DST (and config.json) if it exists')
     parser.add_argument('--debug', action='store_true', help='show where an error arose')
     return parser.parse_args()

@@ -71,7 +71,7 @@ def parse_args() -> Namespace:
 
 def main(args: Namespace) -> None:
     """Run the demo in a new folder."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the tool it runs ends with it
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the running tool, too
     out = make_folder(args.out or Path('demo', time.strftime('%Y%m%d_%H%M%S')))
     try:
         run_demo(out)
@@ -169,14 +169,14 @@ def run_tool(progress: Progress, task: Task, name: str, work_dir: Path, config: 
 
 
 def count_iterations(config: Path) -> int:
-    """How many iterations a training takes."""
+    """The number of iterations of a training."""
     cfg = load_config(config)
     batches = math.ceil(len(list((DATA / 'train').iterdir())) / cfg.train_dataloader.batch_size)
     return cfg.train_cfg.get('max_iters') or cfg.train_cfg.max_epochs * batches
 
 
 def last_training_record(work_dir: Path) -> dict:
-    """What mmengine has logged last."""
+    """The last record that mmengine has logged."""
     for file in work_dir.glob('*/vis_data/scalars.json'):
         records = map(json.loads, file.read_text().splitlines())
         return max((record for record in records if 'loss' in record), key=lambda record: record['step'], default={})

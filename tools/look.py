@@ -1,4 +1,4 @@
-"""Draw what a Swin computes on one image: feature maps, windows, attention, position bias.
+"""Visualise a Swin on one image: feature maps, windows, attention, position bias.
 
   python tools/look.py CONFIG photo.jpg weights.pth --out looks --point 320,200
 

@@ -1,1 +1,1 @@
-"""Looking at data, models and runs: prediction, dataset checks, attention maps, complexity, curves, export."""
+"""Analysis of data, models and runs: prediction, dataset checks, attention maps, complexity, curves, export."""

@@ -1,4 +1,4 @@
-"""Figures of what a Swin computes on one image: feature maps, windows, attention, position bias.
+"""Figures of a Swin's feature maps, windows, attention and position bias on one image.
 
 B batch, (H, W) map of tokens, (Hp, Wp) the map padded to whole windows, (Hw, Ww) window, nW windows per map,
 N = Hw * Ww tokens per window, C channels, h heads.
@@ -42,7 +42,7 @@ the output LayerNorm"""
 
 
 class StageRecord(NamedTuple):
-    """What one stage computed on an image.
+    """Intermediate results of one stage on an image.
 
     Args:
         stride: pixels per token side.
@@ -182,7 +182,7 @@ def build_backbone(cfg: Config, checkpoint: str | None) -> SwinPyramid:
 
 
 def record_stages(backbone: SwinPyramid, image: Tensor, block: int) -> list[StageRecord]:
-    """Run the backbone and keep what the figures show.
+    """Run the backbone and record what the figures need.
 
     Args:
         backbone: in evaluation mode.
@@ -220,7 +220,7 @@ def record_stages(backbone: SwinPyramid, image: Tensor, block: int) -> list[Stag
 def attention_weights(block: SwinBlock, x: Tensor) -> Tensor:
     """Attention weights of a block, (nW, h, N, N); each row sums to 1.
 
-    The block runs once with an attention function that keeps the weights; its own is put back afterwards.
+    The block runs once with an attention function that records the weights; its own is restored afterwards.
 
     Args:
         block: in evaluation mode.
@@ -242,9 +242,9 @@ def attention_weights(block: SwinBlock, x: Tensor) -> Tensor:
 
 
 def visibility_groups(size: Size, window: Size, shift: Size) -> Tensor:
-    """Label the tokens of the padded map so that equal labels see each other: (Hp, Wp), int64.
+    """Label the tokens of the padded map so that tokens with equal labels attend to each other: (Hp, Wp), int64.
 
-    The label of a token is window * N + the first token of the window that it sees.
+    The label of a token is window * N + the first token of the window that it attends to.
     """
     padded, tokens = padded_size(size, window), window[0] * window[1]
     count = padded[0] * padded[1] // tokens
@@ -302,7 +302,7 @@ def principal_colours(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x)
     vectors = vectors[:, -3:].flip(1)
-    parts = x @ (vectors * vectors.sum(0).sign())  # eigenvectors have no sign of their own
+    parts = x @ (vectors * vectors.sum(0).sign())  # the sign of an eigenvector is arbitrary
     low, high = (torch.quantile(parts, q, 0) for q in (0.01, 0.99))
     spread = high - low
     # The map of a single token, or of equal ones, has no direction.
@@ -312,7 +312,7 @@ def principal_colours(features: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def window_parts(groups: Tensor, window: Size) -> Tensor:
-    """Number the parts of windows that the map's edges cut, 0 to 3; NaN in windows that are not cut.
+    """Number the regions of windows that contain several of them, 0 to 3; NaN in the other windows.
 
     Args:
         groups: the result of :func:`visibility_groups`.
@@ -405,7 +405,7 @@ def draw_windows(path: Path, picture: np.ndarray, stages: list[StageRecord]) -> 
 
 
 def draw_attention(path: Path, picture: np.ndarray, stage: StageRecord, point: tuple[int, int], where: str) -> None:
-    """Draw what one token attends to: where its window lies, and the weights of each head.
+    """Draw what one token attends to: the position of its window, and the weights of each head.
 
     Args:
         path: the file to write.
@@ -428,7 +428,7 @@ def draw_attention(path: Path, picture: np.ndarray, stage: StageRecord, point: t
     grey = canvas.copy()
     grey[..., :3] = canvas[..., :3].mean(-1, keepdims=True)
     asked = tuple(slice(place, place + 1) for place in token)
-    # The square root tells small weights apart where one key takes nearly all.
+    # The square root shows differences between small weights where one key has nearly all of the weight.
     norm = PowerNorm(0.5, 0, np.nanmax(maps))
 
     down, across = panel_grid(len(maps))

@@ -1,4 +1,4 @@
-"""Predictions compared with the ground truth in pictures that show at a glance what is right.
+"""Pictures that compare predictions with the ground truth: right, wrong and missed.
 
 H, W: height and width of an image; n, m: number of annotated and of predicted objects.
 """
@@ -75,7 +75,7 @@ def draw_objects(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, sc
 
 
 def draw_pixels(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray, scale: int = 2) -> np.ndarray:
-    """Outline a predicted area, and fill what is wrong or missed by more than one pixel, as no outline is exact.
+    """Outline a predicted area, and fill what is wrong or missed; one pixel of tolerance at outlines.
 
     Args:
         image: RGB, uint8 (H, W, 3).

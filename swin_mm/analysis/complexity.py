@@ -116,12 +116,12 @@ def attribute(model: nn.Module, meter: Callable[[], int]) -> Iterator[Counter[st
     """Attribute the growth of a meter to the part of the model that is running, or to ``ELSEWHERE``.
 
     Outside of Swin, hooks are on every module inside a part, since mmseg calls the ``forward`` of its heads directly:
-    what such a head computes outside its submodules goes to ``ELSEWHERE``. Inside, they are on the parts alone, since
-    attention with hooks on its projections pads before it projects.
+    what such a head computes outside its submodules goes to ``ELSEWHERE``. Inside, they are only on the parts, since
+    hooks on the projections of attention would make it pad before it projects.
 
     Args:
         model: its parts are those of :func:`split_into_parts`.
-        meter: returns a number that never falls.
+        meter: returns a counter that never decreases.
 
     Yields:
         The counts, complete when the block has ended.
@@ -193,7 +193,7 @@ def activation_bytes(cfg: Config, width: int, height: int, batch: int, kernel: C
 
 def saved_bytes(model: nn.Module, image: Tensor) -> Counter[str]:
     """Bytes that autograd saves in each part of ``model.backbone``: each storage once, parameters left out."""
-    # A storage is the same Python object for all of its tensors; on the meta device it has no address.
+    # Storages are compared as Python objects, because on the meta device they have no address.
     known = {p.untyped_storage() for p in model.parameters()}
     total = 0
 
@@ -215,7 +215,7 @@ def saved_bytes(model: nn.Module, image: Tensor) -> Counter[str]:
 
 
 def set_attention(model: nn.Module, kernel: Callable[..., Tensor]) -> None:
-    """Have every window attention of a model use this kernel."""
+    """Set the attention kernel of every window attention in a model."""
     for module in model.modules():
         if isinstance(module, WindowAttention):
             module.attention_fn = kernel

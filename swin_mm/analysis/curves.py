@@ -44,7 +44,7 @@ class Extreme(NamedTuple):
 
 
 class LogError(Exception):
-    """A run has nothing to draw; the message says why."""
+    """Raised if a run has nothing to draw; the message says why."""
 
 
 def read_runs(paths: list[Path]) -> tuple[dict[str, dict[str, Curve]], list[str]]:
@@ -86,7 +86,7 @@ def find_logs(run: Path) -> list[Path]:
 
 
 def read_records(run: Path) -> tuple[list[dict], list[str]]:
-    """What a run has logged, each record with its iteration as ``at``, and one line per file that is partly unreadable.
+    """Read the records of a run, each with its iteration as ``at``, and one line per file that is partly unreadable.
 
     A resumed run repeats iterations that were logged after its last checkpoint: the later record counts.
 
@@ -160,7 +160,7 @@ def choose_keys(runs: dict[str, dict[str, Curve]], patterns: list[str] | None) -
 
 
 def moving_average(values: np.ndarray, count: int) -> np.ndarray:
-    """The mean of the ``count`` values around each, of fewer at the ends; values that are not finite are left out."""
+    """Centred moving average over ``count`` values, fewer at the ends; values that are not finite are ignored."""
     known = np.isfinite(values)
     kernel = np.ones(min(count, len(values)))
     total = np.convolve(np.where(known, values, 0), kernel, 'same')
@@ -208,7 +208,7 @@ def draw(path: Path, runs: dict[str, dict[str, Curve]], keys: list[str], smooth:
 
 
 def _draw_curve(axes: Axes, curve: Curve, colour: str, count: int) -> None:
-    """Draw points in validation; in training a line, and where it is smoothed the raw values pale behind it."""
+    """Draw validation values as points, and training values as a line, with the raw values behind a smoothed one."""
     if count <= 1:
         axes.plot(curve.iterations, curve.values, color=colour, marker='o' if curve.is_metric else None, ms=3)
     else:

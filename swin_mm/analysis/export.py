@@ -1,4 +1,4 @@
-"""Exporting a backbone or a whole model to a file that runs without this project, and comparing it with PyTorch."""
+"""Export of a backbone or a whole model to a file that runs without this project, compared with PyTorch."""
 
 import copy
 import io
@@ -66,12 +66,12 @@ class Difference(NamedTuple):
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether the file counts as equal here."""
+        """Whether the difference is within ``TOLERANCE``."""
         return self.relative <= TOLERANCE
 
 
 class ExportDiffersError(RuntimeError):
-    """The exported file does not give what PyTorch gives; it was not written. ``differences`` says where."""
+    """The outputs of the exported file differ from PyTorch's. The file was not written; see ``differences``."""
 
     def __init__(self, message: str, differences: list[Difference]) -> None:
         super().__init__(message)
@@ -79,7 +79,7 @@ class ExportDiffersError(RuntimeError):
 
 
 class Exportable(nn.Module):
-    """What is exported: images (B, channels, H, W) to a tuple of tensors.
+    """The module that is exported: images (B, channels, H, W) to a tuple of tensors.
 
     Args:
         model: a model, or a backbone.
@@ -111,14 +111,14 @@ class Exportable(nn.Module):
         return tuple(pytree.tree_leaves(outputs))
 
     def output_names(self, count: int) -> list[str]:
-        """Names of the outputs, of which there are ``count``."""
+        """The names of ``count`` outputs."""
         if self.is_backbone:
             return [f'stage{i}' for i in getattr(self.model, 'out_indices', range(count))]
         return ['logits'] if count == 1 else [f'output{i}' for i in range(count)]
 
 
 class OnnxAdaptivePool(nn.Module):
-    """Adaptive average pooling as matrix products: PyTorch's ONNX exporter gets it wrong where sizes are dynamic."""
+    """Adaptive average pooling as matrix products: PyTorch's ONNX exporter gets it wrong for dynamic sizes."""
 
     def __init__(self, pool: nn.AdaptiveAvgPool2d) -> None:
         super().__init__()
@@ -250,9 +250,9 @@ def _weights_of(content: Any, prefix: str) -> dict[str, Any]:
 
 
 def smallest_side(model: nn.Module) -> int:
-    """The smallest image side, in pixels, that a graph for dynamic sizes serves.
+    """The smallest image side, in pixels, that a graph with dynamic sizes supports.
 
-    Without ``pad_small_map`` windows shrink with a map that is no larger than they are, which a graph cannot express.
+    Without ``pad_small_map``, windows shrink to maps that are no larger than the window, which a graph cannot express.
     """
     backbone, least = getattr(model, 'backbone', model), 1
     if isinstance(backbone, SwinPyramid):
@@ -267,8 +267,8 @@ def smallest_side(model: nn.Module) -> int:
 def without_special_sizes() -> AbstractContextManager:
     """Keep torch.export from treating batches and sizes of 1 as special cases.
 
-    The setting is private. Where it is missing, the export goes on without it, and the comparison decides whether the
-    file serves such sizes.
+    The setting is private. Where it is missing, the export continues without it, and the comparison shows whether
+    the file supports such sizes.
     """
     settings = getattr(torch.fx.experimental, '_config', None)
     return settings.patch(backed_size_oblivious=True) if hasattr(settings, 'backed_size_oblivious') else nullcontext()
@@ -363,7 +363,7 @@ def compare(exportable: Exportable, run: Run, images: list[Tensor]) -> list[Diff
 
 
 def root_cause(error: BaseException) -> str:
-    """What first went wrong, in one line of at most 300 characters."""
+    """The first error in the chain, in one line of at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
     return one_line(error)[:300]
@@ -371,7 +371,7 @@ def root_cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet(logger: str) -> Iterator[None]:
-    """Only let errors through."""
+    """Suppress log records below ERROR."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:

@@ -1,4 +1,4 @@
-"""Reading images as a config's test pipeline does, and showing them whatever their depth and number of channels."""
+"""Reading images as a config's test pipeline does, and displaying images of any depth and number of channels."""
 
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,6 @@
-"""Predictions of a detector or segmentor on images and videos: made, drawn with a legend, and saved.
+"""Predict with a detector or segmentor on images and videos, and draw and save the predictions.
 
-Labels are class ids everywhere: the number of a class in ``classes``, from 0 up, whatever numbers the annotations of
-the data set use.
+Labels are always class ids, indices into ``classes`` from 0, whatever ids the annotations of the data set use.
 """
 
 import glob
@@ -44,7 +43,7 @@ LONGEST_NAME = 245  # bytes; file systems take 255, with the suffix
 class View(NamedTuple):
     """An image, or a frame of a video."""
 
-    name: str  # of its outputs, without suffix
+    name: str  # name of its outputs, without suffix
     image: np.ndarray  # (H, W, channels) as it was read, in the order BGR
 
     @property
@@ -59,7 +58,7 @@ class Predictor:
     Args:
         cfg: the config; it is changed.
         checkpoint: file or address.
-        device: as torch names it.
+        device: a torch device, such as 'cuda:0'.
         dtype: see :func:`swin_mm.engine.inference.set_autocast`.
         tta: test-time augmentation.
         score_thr: leave out objects of a lower score.
@@ -129,12 +128,12 @@ class Predictor:
 
     def _predict_images(self, images: list[np.ndarray]) -> Iterator[BaseDataElement]:
         prepared = (self.inferencer.pipeline(np.ascontiguousarray(image)) for image in images)
-        # mmdet pads images to one size, mmseg wants them to have it.
+        # mmdet pads images to a common size; mmseg requires one.
         for _, group in groupby(prepared, lambda data: self.detects or _shapes(data['inputs'])):
             yield from map(self._clean, self.inferencer.forward(self.inferencer.collate_fn(list(group))))
 
     def _predict_tiles(self, image: np.ndarray, batch_size: int) -> BaseDataElement:
-        """Predict on tiles one batch after the other, keeping of each what is left in the merged prediction."""
+        """Predict on tiles batch by batch, keeping of each only what goes into the merged prediction."""
         height, width = image.shape[:2]
         tiles = iter(split_into_tiles((height, width), self.tile, self.overlap))
         labels = (

@@ -1,4 +1,4 @@
-"""Replacing modules of a model."""
+"""Replacing submodules by type."""
 
 from collections.abc import Callable
 

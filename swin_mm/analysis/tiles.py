@@ -1,7 +1,7 @@
-"""Tiles of large images, and merging what is predicted on each.
+"""Tiles of large images, and merging of the predictions on them.
 
-A prediction of the whole image is put together tile by tile, so that memory does not grow with the image but for the
-result: class ids of pixels, and boxes with masks that are no larger than their boxes.
+The prediction of the whole image is assembled tile by tile, so that only the result grows with the image: class ids of
+pixels, and boxes with masks that are no larger than their boxes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-IOU_THRESHOLD = 0.5  # boxes of one class that overlap more are one object, found in two tiles
+IOU_THRESHOLD = 0.5  # boxes of one class with a larger overlap are one object, found in two tiles
 
 
 class Tile(NamedTuple):
@@ -101,8 +101,8 @@ def paste_labels(target: np.ndarray, labels: np.ndarray, tile: Tile) -> None:
 def merge_instances(parts: Sequence[tuple[Tile, Any]]) -> Any:
     """Merge the objects of all tiles, as mmdet's ``merge_results_by_nms`` does, by suppression within each class.
 
-    An object that the edge of a tile cuts, and that is small enough to lie wholly in a neighbour, is left to the
-    neighbour.
+    An object that is cut by the edge of a tile, but small enough to lie completely in the neighbouring tile, is taken
+    from the neighbour.
 
     Args:
         parts: tiles and their mmdet ``InstanceData``, at least one.

@@ -57,7 +57,7 @@ def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Variant:
-    """The sizes that a state dict in our names has.
+    """The architecture of a state dict in our names.
 
     Args:
         version: 1 or 2.
@@ -66,7 +66,7 @@ class Variant:
         embed_dims: C of the first stage.
         depths: blocks per stage.
         num_heads: h per stage.
-        windows: side of the window per stage; 0 where the state dict does not tell.
+        windows: side of the window per stage; 0 where the state dict does not determine it.
     """
 
     version: int
@@ -79,7 +79,7 @@ class Variant:
 
     @classmethod
     def of(cls, state: Mapping[str, Tensor]) -> 'Variant':
-        """Read the sizes off a state dict in our names."""
+        """Infer the sizes from a state dict in our names."""
         found = (re.match(r'layers\.(\d{1,15})\.blocks\.(\d{1,15})\.', key) for key in state)
         blocks = {(int(m[1]), int(m[2])) for m in found if m}
         for number in (number for block in blocks for number in block):
@@ -105,7 +105,7 @@ class Variant:
         return cls(version, channels, patch, out, blocks_per_stage, tuple(heads), tuple(windows))
 
     def sizes(self, stages: int) -> tuple[Any, ...]:
-        """The sizes that must be equal for weights to fit, of the first ``stages`` stages."""
+        """The sizes of the first ``stages`` stages that must be equal for weights to fit."""
         return self.embed_dims, self.depths[:stages], self.num_heads[:stages]
 
     @property
@@ -274,7 +274,7 @@ def _to_our_layout(contents: Contents) -> None:
         if version == 2 and kind in ('q.bias', 'v.bias'):
             put(attn + kind.replace('.', '_'), state[key], key)
         if version == 2 and kind == 'qkv.bias':
-            q, _, v = state[key].chunk(3)  # cosine attention has no use for the keys' part
+            q, _, v = state[key].chunk(3)  # cosine attention has no bias for keys
             sources[attn + 'v_bias'] = sources[key]
             state[attn + 'v_bias'] = v
             put(attn + 'q_bias', q, key)
@@ -303,7 +303,7 @@ def convert(
     Args:
         contents: what :func:`parse` returned.
         target: a key of TARGETS.
-        windows: per stage, for V2 weights of a naming that does not tell.
+        windows: window of each stage, for V2 weights of a naming that does not store it.
 
     Returns:
         The checkpoint, and what was left out of it: the file's key -> why.
@@ -354,7 +354,7 @@ def transformers_config(contents: Contents, windows: Sequence[int] | None = None
 
     Args:
         contents: what :func:`parse` returned.
-        windows: per stage, for V2 weights of a naming that does not tell.
+        windows: window of each stage, for V2 weights of a naming that does not store it.
 
     Raises:
         CheckpointError: the window is unknown.
@@ -406,7 +406,7 @@ def _derived(naming: Naming, contents: Contents, windows: Sequence[int] | None) 
     variant, told = contents.variant, contents.windows()
     sides = [window if window else (windows[i],) * 2 if windows else None for i, window in enumerate(told)]
     known = [side for side in sides if side is not None]
-    # The last window of every published classifier is as large as its last map, which tells the size of all maps.
+    # In every published classifier the last window is as large as the last map, which determines the size of all maps.
     masks = naming.masks and 'head.weight' in contents.state and len(known) == len(sides)
     maps = [known[-1][0] * 2 ** (len(sides) - 1 - i) if masks else 0 for i in range(len(sides))]
     sizes = [

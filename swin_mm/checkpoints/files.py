@@ -63,7 +63,7 @@ def read_checkpoint(
         source: a path, an http(s) address (cached in ``torch.hub.get_dir()``), or
             ``hf://owner/name[/file][@revision]`` for a file on the Hugging Face Hub.
         map_location: where tensors go, as for ``torch.load``.
-        names: further names that pickles may use: name -> what is called in its place.
+        names: further names that pickles may use: name -> the function called in its place.
         fetch: finds the local file of a source.
 
     Raises:
@@ -163,7 +163,7 @@ def _read(path: Path, map_location: Any, names: Names) -> Any:
         head = file.read(512)
         file.seek(0)
         try:
-            # First, since the length that safetensors begins with may look like anything.
+            # First, because safetensors files begin with a length, which may look like any other format.
             if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < size:
                 return _read_safetensors(path, place)
             if head.startswith(b'PK') or _is_older_torch(head):
@@ -239,10 +239,10 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str], f
 
 
 def check_writable(path: Path, force: bool) -> None:
-    """Raise now what :func:`write_checkpoint` would raise about the path.
+    """Check early that :func:`write_checkpoint` can write to a path.
 
     Raises:
-        CheckpointError: see there.
+        CheckpointError: see :func:`write_checkpoint`.
     """
     if path.suffix not in SUFFIXES:
         raise CheckpointError(f'{path} must end in one of {", ".join(SUFFIXES)}: the suffix tells the format')

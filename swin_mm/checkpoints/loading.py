@@ -22,14 +22,14 @@ MAX_PATCH = 64  # pixels; resizing patches of n x n pixels takes a matrix of n^2
 
 @dataclass
 class Report:
-    """What a checkpoint gave a model. Keys are the model's unless noted.
+    """The result of loading a checkpoint into a model. Keys are the model's unless noted.
 
     Args:
         naming: the key naming of the file.
         prefix: what precedes the backbone's keys in the file.
         loaded: parameters whose value comes from the file.
-        converted: those with another name or layout in the file -> where from.
-        resized: those whose shape was changed -> from what to what.
+        converted: loaded parameters with another name or layout in the file -> where they come from.
+        resized: loaded parameters that were resized -> the old and the new shape.
         rebuilt: index tables and masks in the file, which the model computes from its sizes.
         dropped: the file's key -> why it is not needed.
         new: output norms, which classifiers lack; they stay as initialised.
@@ -115,9 +115,9 @@ def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> 
     ours: dict[str, Tensor] = {}
     rejected = set()
     for key, value in contents.state.items():
-        source, name = contents.sources[key], _placed(key, contents, model)
+        source, name = contents.sources[key], _model_key(key, contents, model)
         if name not in own:
-            why = meaning(name, LEFTOVERS + CLASSIFIER) or _unread(name, model)
+            why = meaning(name, LEFTOVERS + CLASSIFIER) or _reason_unused(name, model)
             if why is None:
                 report.unexpected.append(source)
                 ours[name] = value  # so that torch counts it as unexpected
@@ -155,8 +155,8 @@ def adapt(state: Mapping[str, Any], model: SwinPyramid, strict: bool = True) -> 
 
 
 def _is_classifier(report: Report, absent: list[str], model: SwinPyramid) -> bool:
-    """Whether a file lacks output norms only, and all of them, as those of classifiers do."""
-    last = f'norm{len(model.layers) - 1}.'  # a file with this norm alone ends like a classifier, too
+    """Whether a file lacks all output norms and nothing else, as classifiers do."""
+    last = f'norm{len(model.layers) - 1}.'  # a file with only this norm ends like a classifier, too
     has_norms = any(re.fullmatch(OUTPUT_NORMS, name) and not name.startswith(last) for name in report.loaded)
     return not has_norms and all(re.fullmatch(OUTPUT_NORMS, name) for name in absent)
 
@@ -166,7 +166,7 @@ def _dtype(value: Tensor) -> str:
 
 
 def _value_notes(ours: Mapping[str, Tensor]) -> list[str]:
-    """A note on NaN and infinite weights, as a diverged run leaves them."""
+    """A warning about NaN and infinite weights, which a diverged run leaves."""
     bad = [key for key, value in ours.items() if not value.is_meta and not value.isfinite().all()]
     return [f'WARNING: {len(bad)} of the parameters have NaN or infinite values: {_some(bad)}'] if bad else []
 
@@ -176,7 +176,7 @@ def nothing_loaded(model: SwinPyramid, prefix: str = '') -> Report:
 
     Args:
         model: the pyramid, all of whose parameters are missing.
-        prefix: what its keys would begin with.
+        prefix: the prefix that was expected.
     """
     report = Report('unknown', prefix, missing=list(model.state_dict()))
     report.problem = (
@@ -198,8 +198,8 @@ def _parse(state: Mapping[str, Any], own: Mapping[str, Tensor]) -> Contents:
         raise
 
 
-def _placed(key: str, contents: Contents, model: SwinPyramid) -> str:
-    """The model's name of a parameter; with the last output alone, a classifier's last norm is its output norm."""
+def _model_key(key: str, contents: Contents, model: SwinPyramid) -> str:
+    """The model's key for a parameter. If only the last stage is an output, a classifier's norm is its output norm."""
     last = len(model.layers) - 1
     ends_alike = model.out_indices == (last,) and f'layers.{last + 1}.blocks.0.norm1.weight' not in contents.state
     return key.replace('norm.', f'norm{last}.') if key.startswith('norm.') and ends_alike else key
@@ -229,7 +229,7 @@ def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> s
 
 
 def _window_notes(contents: Contents, model: SwinPyramid) -> list[str]:
-    """A note where a V2 file tells the windows of its position bias and the model uses others."""
+    """A note if a V2 file was trained with other windows for its position bias than the model uses."""
     if not all(len(stage.blocks) for stage in model.layers):
         return []
     attentions = [stage.blocks[0].attn for stage in model.layers]
@@ -248,8 +248,8 @@ def _window_notes(contents: Contents, model: SwinPyramid) -> list[str]:
     ]
 
 
-def _unread(name: str, model: SwinPyramid) -> str | None:
-    """Why this model does not have that part of a Swin, or None if no Swin has it."""
+def _reason_unused(name: str, model: SwinPyramid) -> str | None:
+    """Why this model lacks a part that larger Swins have, or None if no Swin has such a part."""
     last = len(model.layers) - 1
     part = re.match(r'(?:layers\.(\d{1,15})\.(blocks|downsample)|norm(\d))\.', name)
     if part is None:
@@ -260,7 +260,7 @@ def _unread(name: str, model: SwinPyramid) -> str | None:
 
 
 def _fit(name: str, value: Tensor, target: Tensor, model: SwinPyramid) -> Tensor:
-    """The value resized to the target's shape, or with another shape where that is not possible."""
+    """Resize a value to the target's shape. If that is not possible, the result has another shape."""
     if value.shape == target.shape or not value.numel():
         return value
     value = value.to(torch.promote_types(value.dtype, torch.float32))
@@ -298,7 +298,7 @@ def _resized_table(table: Tensor, window: Size) -> Tensor:
 def _change_channels(weight: Tensor, channels: int) -> Tensor:
     """Change the input channels of a patch projection: repeat RGB in turn and scale by 3 / channels.
 
-    So an image with equal channels gets the same embedding. A single channel gets the sum over RGB.
+    Thus an image with equal channels keeps its embedding. A single channel gets the sum over RGB.
 
     Args:
         weight: (C, in_channels, patch, patch).

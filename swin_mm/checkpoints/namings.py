@@ -29,7 +29,7 @@ class Naming:
         qkv_bias: V2 has one bias for q, k and v, with zeros for k, instead of two vectors.
         flat_position: the absolute position embedding is (1, H * W, C) instead of (1, C, H, W).
         version: 1 or 2 if only that version of Swin has this naming.
-        must_match: a pattern that some key matches; tells namings apart that begin alike.
+        must_match: a pattern that some key matches; distinguishes namings whose patch embedding has the same name.
         must_not_match: a pattern that no key matches.
         unsupported: a pattern of our names that the family does not have.
         index: the shape of the position index that strict loading expects, 'square' or 'flat'; '' for none.
@@ -76,7 +76,7 @@ class Naming:
 
 @functools.cache
 def _starts(names: Names, to_theirs: bool) -> dict[str, str]:
-    """Beginning -> replacement for every stage, longest first."""
+    """Key prefix -> replacement, for every stage, longest first."""
     found: dict[str, str] = {}
     for ours, theirs in names:
         for i in range(STAGES if '{i}' in ours else 1):
@@ -89,7 +89,7 @@ def _starts(names: Names, to_theirs: bool) -> dict[str, str]:
 
 
 def _inside_block(key: str, starts: dict[str, str]) -> str:
-    """Replace the beginning of what follows `layers.i.blocks.j.`."""
+    """Replace the beginning of a name within a block, after `layers.i.blocks.j.`."""
     block = re.match(r'layers\.\d+\.blocks\.\d+\.', key)
     return block[0] + _replace_start(key.removeprefix(block[0]), starts) if block else key
 

@@ -1,9 +1,9 @@
 """A pickle reader that runs no code and cannot use more memory than the size of the file allows.
 
-A pickle is a program for a small stack machine, which names functions and calls them. Here that machine is written out
-over the opcodes of :mod:`pickletools`. It knows a fixed list of names and calls functions of this module in their
-place, which check their arguments and make plain data: tensors, arrays of numbers, containers. Python's own unpickler
-and ``torch.load`` are not used: both can be made to allocate memory or to loop without bound by files of a few bytes.
+A pickle is a program for a small stack machine, which names functions and calls them. This module implements that
+machine on the opcodes of :mod:`pickletools`. It accepts a fixed list of names and calls its own functions in their
+place, which check their arguments and create plain data: tensors, arrays of numbers, containers. Python's own unpickler
+and ``torch.load`` are not used: a file of a few bytes can make both allocate memory or loop without bound.
 """
 
 import io
@@ -61,28 +61,28 @@ class Budget:
 
 @dataclass(frozen=True)
 class Callee:
-    """What a name in a pickle stands for, until it is called.
+    """A name found in a pickle, and the function to call in its place.
 
     Args:
         name: as the pickle gives it.
-        function: called in its place; None for what may be mentioned only.
+        function: called in its place; None for names that may be mentioned but not called.
     """
 
     name: str
     function: Callable[..., Any] | None
 
     def __call__(self, *args: Any) -> Any:
-        """Call what stands in for it."""
+        """Call the function."""
         if self.function is None:
             raise pickle.UnpicklingError(f'a call of {self.name}')
         return self.function(*args)
 
 
 class Unfinished:
-    """An object that a pickle makes first and gives its content afterwards."""
+    """An object that a pickle creates first and fills with its state afterwards."""
 
     def build(self, state: Any) -> Any:
-        """The finished object, which takes this one's place."""
+        """Return the finished object, which replaces this one."""
         raise NotImplementedError
 
 
@@ -184,7 +184,7 @@ class Machine:
         self.names = self._known() | dict(names)
 
     def run(self, file: Any) -> Any:
-        """What the pickle at the position of a file holds; the position is behind it afterwards."""
+        """Return the object pickled at the file's position, and advance the position past it."""
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[int, Any] = {}
@@ -313,7 +313,7 @@ class Machine:
         if isinstance(value, Unfinished):
             return value.build(state)
         if isinstance(state, tuple) and len(state) == 2:
-            state = state[0]  # the second is of slots
+            state = state[0]  # the second is for slots
         state = _instance(state, dict) if state is not None else {}
         self.budget.spend(PER_ITEM * len(state))
         if isinstance(value, OrderedDict):
@@ -327,7 +327,7 @@ class Machine:
         return value
 
     def _known(self) -> dict[str, Any]:
-        """Plain data that checkpoints hold beside numbers, and how numpy and torch write numbers."""
+        """The names of plain data in checkpoints, and those with which numpy and torch write numbers."""
         known: dict[str, Any] = {
             'numpy.dtype': DType,
             'numpy.ndarray': None,
@@ -387,7 +387,7 @@ class Machine:
         return np.frombuffer(data, kind).reshape(_whole_numbers(shape), order=order).copy(order)  # type: ignore[call-overload]
 
     def _encode(self, data: Any, encoding: str = 'latin1') -> bytes:
-        """How pickle's protocol 2 writes bytes."""
+        """``_codecs.encode``, with which pickle protocol 2 writes bytes."""
         if encoding not in ('latin1', 'latin-1'):
             raise pickle.UnpicklingError(f'bytes in {encoding}')
         self.budget.spend(len(_instance(data, (str, bytes))))

@@ -1,8 +1,8 @@
 """Dataloaders whose batches depend only on the seed and the iteration, so that a run can be resumed anywhere.
 
-mmengine seeds the data workers once, and what they draw then depends on everything they have drawn before. Here every
-sample gets its own seed, from the run's seed, the rank, the iteration and the place in the batch. A resumed run
-therefore needs no random state, skips what was trained on without loading it, and may use another number of workers.
+mmengine seeds the data workers once, so a sample's augmentation depends on all samples before it. Here every sample
+has its own seed, derived from the run's seed, the rank, the iteration and the position in the batch. A resumed run
+therefore needs no saved random state, skips batches without loading them, and may use another number of workers.
 """
 
 import os
@@ -31,7 +31,7 @@ def seed_all(*numbers: int) -> None:
 
 @contextmanager
 def seeded(*numbers: int) -> Iterator[None]:
-    """Inside, the CPU's random generators are seeded with a hash of ``numbers``; afterwards they are as before."""
+    """Context in which the CPU's random generators are seeded with a hash of ``numbers``; restores them afterwards."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     _seed_cpu(_hash(numbers))
     try:
@@ -52,11 +52,11 @@ def _seed_cpu(words: np.ndarray) -> None:
     torch.default_generator.manual_seed(int(words[0]))
 
 
-class NamingDataset(Dataset):
-    """A dataset that names the file of a sample that cannot be loaded.
+class SampleErrorDataset(Dataset):
+    """Wraps a dataset so that the error for a sample that cannot be loaded names its file.
 
     Args:
-        dataset: any map-style dataset; its attributes are reached through this one.
+        dataset: any map-style dataset; its attributes are forwarded.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -96,11 +96,11 @@ def _describe(error: Exception) -> str:
     return f'{one_line(error)} ({type(error).__name__})' if str(error) else type(error).__name__
 
 
-class SeededDataset(NamingDataset):
-    """A dataset whose samples are drawn with seeds of their own.
+class SeededDataset(SampleErrorDataset):
+    """Wraps a dataset so that every sample is loaded and augmented with its own random seed.
 
     Args:
-        dataset: any map-style dataset; its attributes are reached through this one.
+        dataset: any map-style dataset; its attributes are forwarded.
         seed: the run's seed and the rank.
     """
 
@@ -109,7 +109,7 @@ class SeededDataset(NamingDataset):
         self.seed = seed
 
     def __getitem__(self, key: Any) -> Any:
-        """The sample of an index, or of (index, iteration, place in the batch) as :class:`NumberedBatches` gives it."""
+        """The sample at an index, or at (index, iteration, position in the batch) from :class:`NumberedBatches`."""
         if not isinstance(key, tuple):
             return super().__getitem__(key)
         index, iteration, place = key
@@ -122,7 +122,7 @@ class NumberedBatches:
 
     Args:
         batches: the batch sampler.
-        endless: begin again at its end, with the sampler's next epoch.
+        endless: continue with the sampler's next epoch at its end.
     """
 
     def __init__(self, batches: Any, endless: bool = False) -> None:
@@ -175,15 +175,15 @@ def resumable(loader: DataLoader, seed: tuple[int, ...], endless: bool = False) 
     return _rebuilt(loader, SeededDataset(loader.dataset, seed), NumberedBatches(loader.batch_sampler, endless))
 
 
-def naming_errors(loader: DataLoader) -> DataLoader:
-    """A dataloader like ``loader`` with a :class:`NamingDataset`."""
-    if loader.batch_sampler is None or isinstance(loader.dataset, NamingDataset):
+def with_sample_errors(loader: DataLoader) -> DataLoader:
+    """A dataloader like ``loader`` with a :class:`SampleErrorDataset`."""
+    if loader.batch_sampler is None or isinstance(loader.dataset, SampleErrorDataset):
         return loader
-    return _rebuilt(loader, NamingDataset(loader.dataset), loader.batch_sampler)
+    return _rebuilt(loader, SampleErrorDataset(loader.dataset), loader.batch_sampler)
 
 
 def _rebuilt(loader: DataLoader, dataset: Dataset, batch_sampler: Any) -> DataLoader:
-    """A dataloader with the options of another one; torch lets nobody change one that exists."""
+    """A new dataloader with the options of an existing one, which torch does not allow to be changed."""
     workers = {}
     if loader.num_workers:
         workers = {
@@ -207,8 +207,8 @@ def _rebuilt(loader: DataLoader, dataset: Dataset, batch_sampler: Any) -> DataLo
 def start_worker(_: int) -> None:
     """Take a data worker out of the process group.
 
-    Signals to the whole group, of Ctrl-C and torchrun, then spare the workers: ranks that are to finish an iteration
-    together need them all.
+    Ctrl-C and torchrun send signals to the whole group. The workers must not receive them, because all ranks have to
+    finish the current iteration.
     """
     os.setpgrp()
 
@@ -233,14 +233,14 @@ def collate_shared(samples: Sequence[Any], collate: dict[str, Any]) -> Any:
 
 
 class _Nowhere:
-    """A file that forgets what is written."""
+    """A file that discards what is written to it."""
 
     def write(self, data: bytes) -> int:
         return len(data)
 
 
 class _TensorSharer(pickle.Pickler):
-    """Moves all tensors of a nest of any objects to shared memory; pickling is only the way to find them."""
+    """Moves all tensors in nested objects to shared memory; pickling serves only to find them."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor):

@@ -35,8 +35,8 @@ def by_block(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
 class FSDPStrategy(_FSDPStrategy):
     """mmengine's strategy for FSDP, with gradient clipping, resuming and settings for single parameters.
 
-    mmengine's own clips every shard by the norm of that shard, passes arguments to PyTorch in an order of before 2.1,
-    does not find ``custom_keys`` that name parameters inside of what is wrapped, and writes checkpoints in place.
+    mmengine's own strategy clips every shard by the norm of that shard, passes arguments in the order of PyTorch before
+    2.1, does not apply ``custom_keys`` to parameters inside wrapped modules, and does not write checkpoints atomically.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -45,7 +45,7 @@ class FSDPStrategy(_FSDPStrategy):
             raise ValueError('FSDP shards a model over several processes; start them with tools/dist_train.sh')
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
-        """Build the model, and keep its shapes: what FSDP wraps no longer has them."""
+        """Build the model, and remember its shapes, which the wrapped model no longer has."""
         result = super().build_model(model)
         self._shapes = copy.deepcopy(result).to('meta')
         return result
@@ -66,19 +66,19 @@ class FSDPStrategy(_FSDPStrategy):
         return result
 
     def load_optim_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``optim_state_dict`` gave."""
+        """Load a state dict of the optimizer from ``optim_state_dict``."""
         optimizer = self.optim_wrapper.optimizer
         self.optim_wrapper.load_state_dict(self.model.optim_state_dict_to_load(self.model, optimizer, state_dict))
 
     def load_checkpoint(
         self, filename: str, *, map_location: Any = 'cpu', strict: bool = True, callback: Any = None, **_: Any
     ) -> dict:
-        """Load the weights of a checkpoint, without running code from it; the rest of the checkpoint.
+        """Load the weights of a checkpoint without running code from it, and return the checkpoint.
 
         Args:
             filename: the checkpoint.
             map_location: where tensors go.
-            strict: the checkpoint must give the whole model; so it is when a run is resumed.
+            strict: the checkpoint must give the whole model, as it must when a run is resumed.
             callback: called with the checkpoint first.
 
         Raises:
@@ -91,7 +91,7 @@ class FSDPStrategy(_FSDPStrategy):
         state = checkpoint.pop('state_dict')
         if strict:
             require_complete(self._shapes, state, filename)
-        # Backbones compare a checkpoint with their own state, which gathers it: on all ranks, or some wait for ever.
+        # Backbones compare a checkpoint with their own state, which gathers it: all ranks must take part.
         gathered = FullStateDictConfig(rank0_only=False, offload_to_cpu=self.state_dict_config.offload_to_cpu)
         with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, gathered):
             self.load_model_state_dict(state)

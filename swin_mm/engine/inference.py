@@ -1,4 +1,4 @@
-"""Making a whole model ready for inference: the frozen form of its backbone, and its precision."""
+"""Preparing a whole model for inference: its frozen backbone and its precision."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 
 def prepare_for_inference(model: nn.Module, dtype: str = 'fp32') -> nn.Module:
-    """Return a copy of a model with the frozen form of its Swin backbone, computing in ``dtype``.
+    """Return a copy of a model with a frozen Swin backbone (``optimize_for_inference``), computing in ``dtype``.
 
     A model without a Swin backbone of this package, with hooks on it, or wrapped for several processes is returned
     itself, in evaluation mode.
@@ -37,10 +37,10 @@ def prepare_for_inference(model: nn.Module, dtype: str = 'fp32') -> nn.Module:
 
 
 def set_autocast(model: nn.Module, dtype: str) -> None:
-    """Have a model compute in a key of :data:`DTYPES`.
+    """Make a model compute in ``dtype``, a key of :data:`DTYPES`.
 
-    bf16 and fp16 are autocast: of all of a segmentor's network, and of a detector's backbone and neck only, because
-    boxes of 8 bits would be off by pixels, and mmcv's operators on boxes want fp32.
+    bf16 and fp16 use autocast, in the whole network of a segmentor but only in backbone and neck of a detector: box
+    coordinates with 8 bits of precision would be off by pixels, and mmcv's operators on boxes need fp32.
     """
     if dtype == 'fp32':
         return
@@ -64,7 +64,7 @@ def _with_autocast(function: Callable, device: str, dtype: torch.dtype) -> Calla
 
 
 class InferenceHook(Hook):
-    """Tests with what :func:`prepare_for_inference` returns, and gives the runner its model back afterwards.
+    """Replaces the runner's model during a test by the result of :func:`prepare_for_inference`.
 
     Args:
         dtype: a key of :data:`DTYPES`.
@@ -76,10 +76,10 @@ class InferenceHook(Hook):
         self.dtype = dtype
 
     def before_test_epoch(self, runner: Runner) -> None:
-        """Exchange the model."""
+        """Replace the model."""
         self._model = runner.model
         runner.model = prepare_for_inference(runner.model, self.dtype)
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Put the model back."""
+        """Restore the model."""
         runner.model = self._model

@@ -1,4 +1,4 @@
-"""mmengine's training loops, with data that a resumed run finds as the interrupted one left it."""
+"""mmengine's training loops, which resume at the batch where the interrupted run stopped."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BATCHES_DONE = 'batches_done'  # key in the message hub, which checkpoints carry
 
 
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """Counts epochs. An interrupted epoch continues after its last batch; mmengine begins it anew."""
+    """Epoch-based loop that resumes an interrupted epoch after its last batch; mmengine would start it over."""
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, max_epochs: int, **options: Any) -> None:
         super().__init__(runner, _build(runner, dataloader, endless=False), max_epochs, **options)
@@ -51,7 +51,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
 
 class ResumableIterLoop(IterBasedTrainLoop):
-    """Counts iterations. A resumed run continues with the batches that the interrupted one would have had next."""
+    """Iteration-based loop that resumes with the batch that would have come next in the interrupted run."""
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, max_iters: int, **options: Any) -> None:
         super().__init__(runner, _build(runner, dataloader, endless=True), max_iters, **options)
@@ -88,6 +88,6 @@ class _Batches:
 def _build(runner: Runner, dataloader: DataLoader | dict, endless: bool) -> DataLoader:
     if not isinstance(dataloader, DataLoader):
         differ = runner.cfg.get('randomness', {}).get('diff_rank_seed', False)
-        # Samplers need the same seed on all ranks; with diff_rank_seed mmengine draws one that no checkpoint keeps.
+        # Samplers need the same seed on all ranks; with diff_rank_seed mmengine draws one that no checkpoint has.
         dataloader = runner.build_dataloader(dataloader, seed=runner.seed - get_rank() * differ)
     return resumable(dataloader, (runner.seed, get_rank()), endless)

@@ -38,7 +38,7 @@ class PreemptionHook(Hook):
         self._previous: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
-        """Install the signal handlers; run the validation that the checkpoint resumed from was saved before."""
+        """Install the signal handlers. If the checkpoint to resume was saved before a validation, run that first."""
         self._process = os.getpid()
         for number in SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -53,13 +53,13 @@ class PreemptionHook(Hook):
         self.restore_handlers()
 
     def restore_handlers(self) -> None:
-        """Let signals do what they did before training."""
+        """Restore the signal handlers that were set before training."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
 
     def after_train_iter(self, runner: Runner, **_: Any) -> None:
-        """Stop here if asked to, but not between accumulated gradients; the loop counts this iteration afterwards."""
+        """Stop here after a signal, but not between accumulated gradients. The loop counts this iteration later."""
         if self._asked_anywhere() and runner.optim_wrapper.should_update():
             self.stop(runner, runner.iter + 1)
 
@@ -68,11 +68,11 @@ class PreemptionHook(Hook):
         if self._asked_anywhere():
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):
-                    hook.after_val_epoch(runner)  # it has exchanged the weights for the averaged ones
+                    hook.after_val_epoch(runner)  # it has swapped the weights for the averaged ones
             self.stop(runner, runner.iter)
 
     def train(self, runner: Runner) -> None:
-        """Call ``runner.train()``, and stop in an orderly way where a signal has ended a data worker."""
+        """Call ``runner.train()``, and stop with a checkpoint if a signal has ended a data worker."""
         try:
             runner.train()
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
@@ -114,7 +114,7 @@ class PreemptionHook(Hook):
         os.write(2, b'\nstopping after this iteration, with a checkpoint; Ctrl-C again stops at once\n')
 
     def _asked_anywhere(self) -> bool:
-        """Whether any rank has received a signal. All stop at the same iteration, or some would wait for ever."""
+        """Whether any rank has received a signal. All stop at the same iteration, or some would hang."""
         asked = torch.tensor(self._signal)
         all_reduce(asked, 'max')  # a signal that comes while this waits counts from the next iteration on
         self._agreed = int(asked)
@@ -122,7 +122,7 @@ class PreemptionHook(Hook):
 
 
 class ExactResumeHook(Hook):
-    """Makes a resumed run equal to one that was never interrupted, together with the loops of ``swin_mm.engine.loops``.
+    """Makes a resumed run equal to an uninterrupted one, together with the loops of ``swin_mm.engine.loops``.
 
     * Every iteration seeds the random generators from the run's seed and its number, so that dropout and stochastic
       depth do not depend on what was drawn before.

@@ -1,4 +1,4 @@
-"""mmengine's Runner, and everything that is set in a config before training or testing with it."""
+"""Our subclass of mmengine's Runner, and the settings added to a config before training or testing."""
 
 import re
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import init_process_group
 from torch.utils.data import DataLoader
 
-from swin_mm.engine.dataloading import naming_errors
+from swin_mm.engine.dataloading import with_sample_errors
 from swin_mm.openmmlab.config import config_errors
 from swin_mm.openmmlab.loading import read_for_mmengine, require_complete
 from swin_mm.utils.errors import CheckpointError, InputError, one_line
@@ -49,10 +49,10 @@ class SafeRunner(Runner):
         strict: bool = False,
         revise_keys: list = [(r'^module.', '')],  # noqa: B006 (mmengine's signature)
     ) -> dict[str, Any]:
-        """Load the weights of a checkpoint into the model; the whole checkpoint.
+        """Load the weights of a checkpoint into the model, and return the checkpoint.
 
         Raises:
-            CheckpointError: it cannot be read, or does not give the whole model and should.
+            CheckpointError: it cannot be read, or does not give the whole model although it must.
         """
         checkpoint = read_for_mmengine(filename, map_location)
         self.call_hook('after_load_checkpoint', checkpoint=checkpoint)
@@ -66,8 +66,8 @@ class SafeRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Build a dataloader that names the file of a sample that cannot be loaded."""
-        return naming_errors(Runner.build_dataloader(dataloader, *args, **kwargs))
+        """Build a dataloader whose errors name the file of a sample that cannot be loaded."""
+        return with_sample_errors(Runner.build_dataloader(dataloader, *args, **kwargs))
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume training; the checkpoint must give the whole model.
@@ -96,7 +96,7 @@ def load_complete(model: nn.Module, state: dict[str, Any], source: str) -> None:
     Args:
         model: the model, which may be wrapped for several GPUs or test-time augmentation.
         state: the state dict.
-        source: where it is from, for the message.
+        source: the file or address, for the message.
 
     Raises:
         CheckpointError: something is missing or has another shape.
@@ -138,14 +138,14 @@ def build_runner(cfg: Config) -> Runner:
             f'runner_type={cfg.runner_type!r} is supported with FSDP only (configs/_base_/strategies/fsdp.py); leave '
             'out runner_type and strategy'
         )
-    import swin_mm.engine.fsdp  # noqa: F401 (here an error of the import is still told in its own words)
+    import swin_mm.engine.fsdp  # noqa: F401 (here, so that an import error is reported as it is)
 
     with config_errors(cfg):
         return RUNNERS.build(cfg)
 
 
 def configure_training(cfg: Config) -> None:
-    """Set what makes a run survive interruptions; all of it is visible in the config that mmengine dumps.
+    """Add the settings that make a run resumable; all of them are visible in the config that mmengine dumps.
 
     * ``train_cfg.type``: loops that resume within an epoch (:mod:`swin_mm.engine.loops`);
     * ``default_hooks.checkpoint.backend_args``: checkpoints are written atomically
@@ -155,7 +155,7 @@ def configure_training(cfg: Config) -> None:
     * the dataloaders: see :func:`configure_dataloaders`.
 
     Args:
-        cfg: the config, changed in place. Loops and backends that are not mmengine's own stay.
+        cfg: the config, changed in place. Custom loops and backends are kept.
     """
     train_cfg = cfg.train_cfg
     by_epoch = train_cfg.pop('by_epoch', None)
@@ -176,10 +176,10 @@ def configure_training(cfg: Config) -> None:
 
 
 def configure_dataloaders(cfg: Config, *parts: str) -> None:
-    """Have data workers survive Ctrl-C and report a full shared memory (:mod:`swin_mm.engine.dataloading`).
+    """Let data workers survive Ctrl-C and report full shared memory (:mod:`swin_mm.engine.dataloading`).
 
     Args:
-        cfg: the config, changed in place; functions that it names itself stay.
+        cfg: the config, changed in place; functions that it sets itself are kept.
         parts: of 'train', 'val' and 'test'.
     """
     for part in parts:

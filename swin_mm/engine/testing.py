@@ -16,9 +16,9 @@ from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from PIL import Image
 
+from swin_mm.engine.config_pickles import require_no_pickles
 from swin_mm.engine.runner import build_runner, configure_dataloaders
 from swin_mm.engine.training import run_errors
-from swin_mm.engine.trust import require_no_pickles
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import as_list, require_data, test_dataset
 from swin_mm.openmmlab.loading import read_checkpoint
@@ -41,7 +41,7 @@ def test(
     Args:
         cfg: the config; it is changed.
         checkpoint: file or address; it must give the whole model.
-        out: where predictions are saved: of a detector one ``.pkl`` file, of a segmentor a folder of PNGs.
+        out: where to save predictions: a ``.pkl`` file for a detector, a folder of PNGs for a segmentor.
         show_dir: folder for pictures of predictions beside the ground truth.
         tta: test-time augmentation.
         dtype: what the network computes in, see :func:`swin_mm.engine.inference.set_autocast`.
@@ -75,7 +75,7 @@ def test(
 
 
 def draw_predictions(cfg: Config, folder: str) -> None:
-    """Have the run draw every prediction beside its ground truth.
+    """Configure a test to draw every prediction beside its ground truth.
 
     Args:
         cfg: the config, changed in place.
@@ -100,15 +100,15 @@ def draw_predictions(cfg: Config, folder: str) -> None:
 
 
 def save_predictions(cfg: Config, out: str) -> None:
-    """Have the run save its predictions.
+    """Configure a test to save its predictions.
 
     Args:
         cfg: the config, changed in place.
-        out: of a detector a ``.pkl`` file, as mmdet's analysis tools read it; of a segmentor a folder of PNGs with the
-            number of the class of each pixel from 0, as ``tools/predict.py`` writes them.
+        out: for a detector a ``.pkl`` file, as mmdet's analysis tools read it; for a segmentor a folder of PNGs with
+            the class number of each pixel, from 0, as ``tools/predict.py`` writes them.
 
     Raises:
-        InputError: it names the wrong kind of output, or cannot be written to.
+        InputError: ``out`` is the wrong kind of output for the model, or cannot be written to.
     """
     path = Path(out)
     if cfg.default_scope == 'mmdet':
@@ -125,7 +125,7 @@ def save_predictions(cfg: Config, out: str) -> None:
 
 
 def _require_folder(option: str, folder: Path) -> None:
-    """Fail fast where a folder cannot be made or written to."""
+    """Fail fast if a folder cannot be created or written to."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise InputError(f'{option}: {existing} is a file, expected a folder')
@@ -134,14 +134,14 @@ def _require_folder(option: str, folder: Path) -> None:
 
 
 def _image_folder(cfg: Config) -> str:
-    """Where the images of the test set lie."""
+    """The folder of the test images."""
     dataset = test_dataset(cfg)
     prefix = dataset.get('data_prefix') or {}
     return os.path.join(dataset.get('data_root') or '', prefix.get('img_path') or prefix.get('img') or '')
 
 
 def _name(image: str, root: str) -> Path:
-    """What the output for an image is called: its path below ``root``, as PNG."""
+    """The name of the output for an image: its path below ``root``, as PNG."""
     path = Path(os.path.relpath(image, root or '.'))
     return (Path(path.name) if '..' in path.parts else path).with_suffix('.png')
 
@@ -152,8 +152,8 @@ class SaveSegments(BaseMetric):
     mmseg's own adds 1 where the data set has ``reduce_zero_label``.
 
     Args:
-        folder: where they go.
-        root: the folder of the images; what lies deeper keeps its path below it.
+        folder: the folder to write to.
+        root: the folder of the images; images in subfolders keep their relative path.
         collect_device: see mmengine's BaseMetric.
     """
 
@@ -182,8 +182,8 @@ class DrawingHook(Hook):
     mmdet's and mmseg's own hooks put a relative folder under the work_dir, and number the pictures.
 
     Args:
-        folder: where the pictures go.
-        root: the folder of the images; what lies deeper keeps its path below it.
+        folder: the folder to write to.
+        root: the folder of the images; images in subfolders keep their relative path.
         backend_args: of mmengine's file reader, for the images.
         score_thr: detections of lower score are left out.
     """

@@ -1,4 +1,4 @@
-"""Training from a config: what is checked beforehand, and the run itself."""
+"""Training from a config: the checks beforehand, and the run."""
 
 import ast
 import contextlib
@@ -17,9 +17,9 @@ from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from swin_mm.engine.config_pickles import require_no_pickles
 from swin_mm.engine.preemption import PreemptionHook
 from swin_mm.engine.runner import build_runner, configure_training
-from swin_mm.engine.trust import require_no_pickles
 from swin_mm.engine.work_dir import last_checkpoint, locked
 from swin_mm.openmmlab.config import require_data
 from swin_mm.openmmlab.loading import read_checkpoint, require_training_checkpoint
@@ -32,7 +32,7 @@ VIS_BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBacken
 def train(cfg: Config, resume: str | None = None, allow_pickle: bool = False) -> None:
     """Train the model of a config.
 
-    Everything that can be known beforehand is checked before anything is built. One run at a time may use a work_dir.
+    Whatever can be checked beforehand is checked before anything is built. Only one run at a time may use a work_dir.
 
     Args:
         cfg: the config, with a ``work_dir``; it is changed, see :func:`swin_mm.engine.runner.configure_training`.
@@ -58,7 +58,7 @@ def train(cfg: Config, resume: str | None = None, allow_pickle: bool = False) ->
 
 
 def _is_first_rank() -> bool:
-    """Whether this is the only process or the first of several, before they have joined."""
+    """Whether this is the only process or rank 0, before the process group exists."""
     names = ('RANK', 'SLURM_PROCID', 'OMPI_COMM_WORLD_RANK')  # torchrun, Slurm, MPI
     return next((os.environ[name] for name in names if name in os.environ), '0') == '0'
 
@@ -68,7 +68,7 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
 
     Args:
         cfg: the config, changed in place.
-        dtype: a key of :data:`AMP_DTYPES`; by default what the config says, or else PyTorch's default for the device.
+        dtype: a key of :data:`AMP_DTYPES`; by default that of the config, or else PyTorch's default for the device.
     """
     wrapper = cfg.optim_wrapper
     wrapper.type = 'AmpOptimWrapper'
@@ -80,7 +80,7 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
 
 
 def scale_learning_rate(cfg: Config) -> None:
-    """Have mmengine multiply the learning rate by batch size / ``auto_scale_lr.base_batch_size``.
+    """Let mmengine multiply the learning rate by batch size / ``auto_scale_lr.base_batch_size``.
 
     Raises:
         InputError: the config does not name that batch size.
@@ -121,7 +121,7 @@ def require_device(cfg: Config) -> None:
 
 
 def set_start(cfg: Config, resume: str | None) -> None:
-    """Set in the config what training starts from, and read it now: fail fast.
+    """Set the checkpoint that training starts from, and read it now, to fail fast.
 
     Args:
         cfg: the config, changed in place.
@@ -160,7 +160,7 @@ def set_start(cfg: Config, resume: str | None) -> None:
 def require_init_checkpoints(cfg: Config) -> None:
     """Read, or download, the checkpoints that the model will be initialised from.
 
-    Those of our backbones are downloaded now; what other modules name with an address is left to mmengine.
+    Those of our backbones are downloaded now; mmengine downloads those of other modules later.
 
     Raises:
         CheckpointError: one cannot be read; the message names the setting that chooses another file.
@@ -193,7 +193,7 @@ def _modules(node: Any, path: str) -> Iterator[tuple[str, dict]]:
 
 
 def changed_data(text: str | None, cfg: Config) -> list[str]:
-    """Compare the training data of a config with that of the run that a checkpoint is from.
+    """Compare the training data of a config with that of the run that saved a checkpoint.
 
     Args:
         text: the config that the checkpoint carries; it is parsed, not executed.
@@ -242,7 +242,7 @@ def _listed(values: list[str]) -> str:
 
 
 class WarmupCheckHook(Hook):
-    """Warns where the warm-up of the learning rate takes more than a tenth of the run."""
+    """Warns if the warm-up of the learning rate takes more than a tenth of the run."""
 
     def before_train(self, runner: Runner) -> None:
         """Compare the schedule with the length of the run."""
@@ -263,7 +263,7 @@ class WarmupCheckHook(Hook):
 
 @contextlib.contextmanager
 def run_errors(cfg: Config) -> Iterator[None]:
-    """Turn what commonly ends a run into one line with a remedy.
+    """Turn common errors of a run into one line with a remedy.
 
     Raises:
         InputError: the data, the disk or the shared memory is at fault.
@@ -285,7 +285,7 @@ def run_errors(cfg: Config) -> Iterator[None]:
 
 
 def explained(error: Exception, cfg: Config) -> Exception:
-    """An error of a run in one line with a remedy, or the same error if it is an unknown one."""
+    """Return a one-line error with a remedy for a common error of a run, and any other error unchanged."""
     text = str(error)
     work_dir = cfg.get('work_dir') or '.'
     resume = 'then continue with --resume' if last_checkpoint(work_dir) else 'then start again'

@@ -22,14 +22,14 @@ _TEMPORARY = re.compile(r'\..+\.\w{8}\.pth')  # the names that atomic_write give
 class AtomicBackend(LocalBackend):
     """mmengine's local file backend with atomic writes, which removes a file only after the next one is written.
 
-    mmengine writes checkpoints in place, and before that deletes those that ``max_keep_ckpts`` has no room for, so a
-    run killed at that moment would have none. Configs name it ``backend_args=dict(backend='swin_mm')``.
+    mmengine first deletes the checkpoints beyond ``max_keep_ckpts`` and then writes the new one in place, so a run
+    killed at that moment could be left without any. Configs name it ``backend_args=dict(backend='swin_mm')``.
     """
 
     _to_remove: ClassVar[set[str]] = set()  # mmengine makes a new backend for every file
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write a file, then remove what was to be removed."""
+        """Write a file, then remove the files passed to :meth:`remove` before."""
         with atomic_write(Path(filepath)) as part:
             part.write_bytes(obj)
         for path in self._to_remove - {str(filepath)}:
@@ -38,7 +38,7 @@ class AtomicBackend(LocalBackend):
         self._to_remove.clear()
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove a file after the next ``put``."""
+        """Schedule a file for removal after the next :meth:`put`."""
         self._to_remove.add(str(filepath))
 
 
@@ -47,7 +47,7 @@ register_backend('swin_mm', AtomicBackend, force=True)  # a new name; `force` fo
 
 @contextlib.contextmanager
 def locked(work_dir: str | Path) -> Iterator[None]:
-    """Hold a lock on a folder, and remove what a killed run has left half-written there.
+    """Hold a lock on a folder, and remove incomplete files that a killed run has left there.
 
     The operating system frees the lock when the process ends, however that happens; data workers do not inherit it.
 

@@ -19,7 +19,7 @@ from swin_mm.ops.windows import Size, tracing
 
 T = TypeVar('T')
 
-# Far above any model that fits into memory; larger values are typing errors that would fill the memory or never end.
+# Far beyond any model that fits into memory. Larger values are typing errors that would exhaust memory or never return.
 MAX_CHANNELS = 2**16
 MAX_DEPTH = 1000
 MAX_SIDE = 1024  # of windows, patches and strides
@@ -37,7 +37,7 @@ def shorten(value: Any, length: int = 200) -> str:
 
 
 def require_int(name: str, value: Any, minimum: int | None = None, maximum: int | None = None) -> int:
-    """An integer, NumPy's included. Booleans are rejected."""
+    """Return an integer of Python or NumPy as an int. Booleans are rejected."""
     number = _item(value)
     expected = f'an integer{_range(minimum, maximum)}'
     if isinstance(number, bool) or not isinstance(number, numbers.Integral):
@@ -49,7 +49,7 @@ def require_int(name: str, value: Any, minimum: int | None = None, maximum: int 
 
 
 def require_number(name: str, value: Any, minimum: float | None = None, maximum: float | None = None) -> float:
-    """A finite number, NumPy's included. Booleans are rejected."""
+    """Return a finite number of Python or NumPy as an int or float. Booleans are rejected."""
     number = _item(value)
     expected = f'a finite number{_range(minimum, maximum)}'
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
@@ -62,7 +62,7 @@ def require_number(name: str, value: Any, minimum: float | None = None, maximum:
 
 
 def require_rate(name: str, value: Any) -> float:
-    """A probability of dropping something; at 1 nothing would remain."""
+    """Return a dropout rate, from 0 to 1; 1 is excluded, because it would drop everything."""
     number = _item(value)
     expected = 'a number from 0 to 1 (1 excluded)'
     if isinstance(number, bool) or not isinstance(number, numbers.Real):
@@ -74,12 +74,12 @@ def require_rate(name: str, value: Any) -> float:
 
 
 def require_bool(name: str, value: Any, also: str = '') -> bool:
-    """True, False, 1, 0 or None (False). Strings are rejected: ``bool('False')`` is True.
+    """Return True, False, 1, 0 or None (False) as a bool. Strings are rejected, since ``bool('False')`` is True.
 
     Args:
-        name: of the argument.
-        value: of the argument.
-        also: what else is allowed, for the message.
+        name: name of the argument.
+        value: value of the argument.
+        also: other allowed values, for the message.
     """
     flag = _item(value)
     if flag is None:
@@ -92,7 +92,7 @@ def require_bool(name: str, value: Any, also: str = '') -> bool:
 
 
 def require_choice(name: str, value: Any, choices: Collection[str]) -> str:
-    """One of some strings."""
+    """Return a string that is one of ``choices``."""
     expected = f'one of {", ".join(map(repr, choices))}'
     if not isinstance(value, str):
         reject(name, value, expected, TypeError)
@@ -102,7 +102,7 @@ def require_choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def require_sequence(name: str, value: Any, expected: str) -> tuple:
-    """A tuple, list, range, one-dimensional array or tensor, as a tuple."""
+    """Return a tuple, list, range, one-dimensional array or tensor as a tuple."""
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return tuple(value)
     if getattr(value, 'ndim', 0) and hasattr(value, 'tolist'):
@@ -111,7 +111,7 @@ def require_sequence(name: str, value: Any, expected: str) -> tuple:
 
 
 def require_depths(name: str, value: Any) -> tuple[int, ...]:
-    """Blocks of each of one or more stages."""
+    """Return the number of blocks of each stage; there must be at least one stage."""
     expected = f'a sequence of integers{_range(0, MAX_DEPTH)}, one per stage'
     items = require_sequence(name, value, expected)
     if not items:
@@ -122,14 +122,14 @@ def require_depths(name: str, value: Any) -> tuple[int, ...]:
 def require_per_stage(
     name: str, value: Any, depths: Sequence[int], require: Callable[[str, Any], T], item: str
 ) -> tuple[T, ...]:
-    """One item for each stage; further items are dropped, as mmdet does.
+    """Return one item per stage. Extra items are ignored, as in mmdet.
 
     Args:
-        name: of the argument.
-        value: of the argument.
+        name: name of the argument.
+        value: value of the argument.
         depths: blocks per stage.
         require: checks one item.
-        item: what ``require`` allows, for the message.
+        item: description of a valid item, for the message.
     """
     expected = f'{item} for each of {len(depths)} stages (depths={shorten(tuple(depths))})'
     items = require_sequence(name, value, expected)
@@ -139,7 +139,7 @@ def require_per_stage(
 
 
 def require_pair(name: str, value: Any, minimum: int = 1, maximum: int = MAX_SIDE) -> Size:
-    """An integer, or a sequence of one or two, as (height, width)."""
+    """Return an integer, or a sequence of one or two integers, as (height, width)."""
     expected = f'an integer{_range(minimum, maximum)}, or (height, width)'
     if isinstance(_item(value), numbers.Integral):
         items: tuple = (value,)
@@ -152,7 +152,7 @@ def require_pair(name: str, value: Any, minimum: int = 1, maximum: int = MAX_SID
 
 
 def require_strides(name: str, value: Any, depths: Sequence[int]) -> tuple[Size, tuple[int, ...]]:
-    """Strides (height, width) of the patches, and those of the mergings before each further stage."""
+    """Return the patch stride (height, width), and the stride of the patch merging before each further stage."""
     expected = f'an integer{_range(1, MAX_SIDE)}'
     pairs = require_per_stage(name, value, depths, require_pair, expected)
     if any(height != width for height, width in pairs[1:]):
@@ -161,7 +161,7 @@ def require_strides(name: str, value: Any, depths: Sequence[int]) -> tuple[Size,
 
 
 def require_windows(name: str, value: Any, depths: Sequence[int]) -> tuple[Size, ...]:
-    """(height, width) of the windows per stage. Two plain integers are a height and a width."""
+    """Return the window (height, width) of each stage. Two plain integers are a height and a width."""
     stages = len(depths)
     expected = (
         f'an integer{_range(1, MAX_SIDE)}, (height, width), or one of these for each of {stages} stages '
@@ -179,7 +179,7 @@ def require_windows(name: str, value: Any, depths: Sequence[int]) -> tuple[Size,
 
 
 def require_out_indices(name: str, value: Any, depths: Sequence[int]) -> tuple[int, ...]:
-    """Ascending stages."""
+    """Return stage indices in ascending order."""
     expected = f'ascending stages from 0 to {len(depths) - 1}, each once (depths={shorten(tuple(depths))})'
     items = require_sequence(name, value, expected)
     indices = _each(name, value, expected, items, lambda item: require_int(name, item, 0, len(depths) - 1))
@@ -189,7 +189,7 @@ def require_out_indices(name: str, value: Any, depths: Sequence[int]) -> tuple[i
 
 
 def require_pretrained_windows(name: str, value: Any, depths: Sequence[int]) -> tuple[Size, ...]:
-    """The window of the pre-training per stage, 0 where it is the one in use. Zeros may be fewer than the stages."""
+    """Return the pre-training window of each stage, 0 for the window in use. A shorter sequence may hold only zeros."""
     if isinstance(value, Sequence) and len(value) < len(depths) and all(item in (0, (0, 0)) for item in value):
         value = (0,) * len(depths)
     expected = f'an integer{_range(0, MAX_SIDE)} or (height, width)'
@@ -197,7 +197,7 @@ def require_pretrained_windows(name: str, value: Any, depths: Sequence[int]) -> 
 
 
 def require_with_cp(name: str, value: Any, stages: int) -> tuple[tuple[bool, ...], bool]:
-    """Gradient checkpointing: whether of the blocks, per stage, and whether of the MLPs alone."""
+    """Return whether the blocks of each stage are checkpointed, and whether only the MLPs are."""
     also = f", one of these for each of {stages} stages, or 'mlp'"
     if isinstance(value, str) and value == 'mlp':
         return (False,) * stages, True
@@ -210,7 +210,7 @@ def require_with_cp(name: str, value: Any, stages: int) -> tuple[tuple[bool, ...
 
 
 def require_callable(name: str, value: Any, expected: str) -> Any:
-    """Something that can be called."""
+    """Return a callable."""
     if not callable(value):
         reject(name, value, expected, TypeError)
     return value
@@ -229,7 +229,7 @@ def check_names(owner: type, options: dict[str, Any]) -> None:
     """Reject keyword arguments that a class does not have.
 
     Raises:
-        TypeError: the message has the name, its value, and the name that was probably meant, or else all names.
+        TypeError: the message has the name, the value, and the closest valid name, or all valid names.
     """
     allowed = argument_names(owner)
     for name, value in options.items():
@@ -240,11 +240,11 @@ def check_names(owner: type, options: dict[str, Any]) -> None:
 
 
 def check_image(image: Any, channels: int | None) -> None:
-    """Reject what is not a batch of images, before an operator fails on it.
+    """Check that the input of ``forward`` is a batch of images, before an operator fails on it.
 
     Args:
-        image: what ``forward`` was called with.
-        channels: of the images; None if unknown.
+        image: the argument of ``forward``.
+        channels: expected number of channels; None if unknown.
 
     Raises:
         TypeError: not a tensor, or not of a floating-point type.
@@ -271,7 +271,7 @@ def check_image(image: Any, channels: int | None) -> None:
 
 
 def _item(value: Any) -> Any:
-    """NumPy's scalars, and arrays and tensors without dimensions, as Python's."""
+    """Convert NumPy scalars, and arrays and tensors without dimensions, to Python numbers; keep anything else."""
     if isinstance(value, type) or getattr(value, 'ndim', None) != 0 or not hasattr(value, 'item'):
         return value
     if isinstance(value, Tensor) and value.device.type == 'meta':
@@ -280,7 +280,7 @@ def _item(value: Any) -> Any:
 
 
 def _float(number: numbers.Real) -> float:
-    """A number as a float; integers beyond its range as infinity."""
+    """Convert a number to float; integers that are too large become infinity."""
     try:
         return float(number)
     except OverflowError:
@@ -288,7 +288,7 @@ def _float(number: numbers.Real) -> float:
 
 
 def _each(name: str, value: Any, expected: str, items: Sequence, require: Callable[[Any], T]) -> list[T]:
-    """Check the items of a sequence; an error shows the whole sequence."""
+    """Check each item of a sequence; the error message shows the whole sequence."""
     try:
         return [require(item) for item in items]
     except (TypeError, ValueError) as error:

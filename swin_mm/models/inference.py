@@ -1,9 +1,10 @@
-"""A frozen copy of a model that computes the same features faster.
+"""``optimize_for_inference``: a frozen copy of a model that computes the same features faster.
 
 :func:`optimize_for_inference` packs the weights of linear layers for oneDNN, computes position biases once, fuses GELU
-into the product before it, and runs each block on tiles of rows whose intermediate results stay in the CPU's cache. All
-of this would silently use outdated numbers if a weight changed, or bypass what a user attached to a module. Therefore
-it is done in this frozen copy only, which has no parameters and refuses to be trained, loaded or converted.
+into the linear layer before it, and runs each block on tiles of rows whose intermediate results stay in the CPU's
+cache. All of this would silently give stale results after a weight changed, or bypass hooks and adapters that a user
+attached. It is therefore done only in this frozen copy, which has no parameters and cannot be trained, loaded or
+converted.
 
 B batch, (H, W) map, C channels.
 """
@@ -27,13 +28,13 @@ TILE_TOKENS = 8192  # tokens of a map that a block processes at a time on a CPU
 def optimize_for_inference(model: nn.Module) -> nn.Module:
     """Return a frozen, faster copy of a Swin backbone, or of a model with Swin backbones.
 
-    The copy is in evaluation mode and computes what ``model.eval()`` computes under ``torch.no_grad()``, to rounding.
+    The copy is in evaluation mode. Up to rounding, it equals ``model.eval()`` under ``torch.no_grad()``.
     Its backbone has no parameters and no state dict: ``train()``, ``load_state_dict()``, ``state_dict()`` and
     conversions by ``.to()`` raise. To change weights, dtype or device, change the original model and call this function
     again. On CPUs the gain is largest; on other devices it saves casts of weights and position biases.
 
     Args:
-        model: a :class:`swin_mm.models.swin.SwinPyramid`, or any module that contains some. It is not changed.
+        model: a :class:`swin_mm.models.swin.SwinPyramid`, or any module that contains one or more. It is not changed.
 
     Returns:
         The frozen copy; it holds its own copies of all weights.
@@ -71,10 +72,10 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
 
 
 class FrozenSwin(nn.Module):
-    """A Swin backbone for inference alone; made by :func:`optimize_for_inference`.
+    """A Swin backbone for inference only; created by :func:`optimize_for_inference`.
 
     Args:
-        backbone: in evaluation mode, without hooks. It belongs to this module afterwards.
+        backbone: a backbone in evaluation mode, without hooks. This module takes it over and modifies it.
     """
 
     def __init__(self, backbone: SwinPyramid) -> None:
@@ -87,7 +88,7 @@ class FrozenSwin(nn.Module):
             stage.blocks = nn.ModuleList(map(_freeze_block, stage.blocks))
             if stage.downsample is not None and is_plain_linear(stage.downsample.reduction):
                 stage.downsample.reduction = PackedLinear.of(stage.downsample.reduction)
-        self._hidden = (backbone,)  # in a tuple, so that it is not a child, whose parameters this module would have
+        self._hidden = (backbone,)  # in a tuple: not registered as a child, so that this module has no parameters
         self.training = False
 
     @property
@@ -137,7 +138,7 @@ def _refuse(what: str) -> NoReturn:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is stored in oneDNN's layout, and cast once where autocast asks for another dtype.
+    """A linear layer whose weight is stored in oneDNN's layout and cast only once per autocast dtype.
 
     Args:
         weight: (out_features, in_features); must not be written to afterwards.
@@ -156,7 +157,7 @@ class PackedLinear(nn.Module):
         return cls(layer.weight, layer.bias)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
-        """(..., in_features) -> (..., out_features), followed by GELU if asked for."""
+        """(..., in_features) -> (..., out_features), followed by GELU if ``gelu``."""
         if tracing():
             out = F.linear(x, self._weight, self._bias)
             return F.gelu(out) if gelu else out
@@ -182,7 +183,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 class _Mkldnn:
-    """PyTorch's oneDNN operators for linear layers. They are private: compiled code uses them."""
+    """PyTorch's oneDNN operators for linear layers. They are private; TorchInductor generates calls of them."""
 
     def __init__(self) -> None:
         ops = torch.ops.mkldnn
@@ -199,7 +200,7 @@ class _Mkldnn:
 
 @cache
 def find_mkldnn() -> _Mkldnn | None:
-    """PyTorch's oneDNN operators, or None where they are missing or differ: then ``F.linear`` does the work."""
+    """PyTorch's oneDNN operators, or None if they are missing or have changed; ``F.linear`` is used then."""
     try:
         return _Mkldnn() if torch.backends.mkldnn.is_available() else None
     except Exception:  # another version or build of PyTorch
@@ -218,10 +219,10 @@ def _onednn_supports(x: Tensor, dtype: torch.dtype) -> bool:
 
 
 class FrozenAttention(nn.Module):
-    """Window attention with packed projections and position biases that are computed once.
+    """Window attention with packed projections and precomputed position biases.
 
     Args:
-        attn: with plain linear layers.
+        attn: an attention module with plain linear layers.
     """
 
     def __init__(self, attn: WindowAttention) -> None:
@@ -249,10 +250,10 @@ class FrozenAttention(nn.Module):
 
 
 class FrozenMlp(nn.Module):
-    """An MLP with packed weights and GELU fused into the first product.
+    """An MLP with packed weights and GELU fused into the first linear layer.
 
     Args:
-        mlp: with plain linear layers and exact GELU.
+        mlp: an MLP with plain linear layers and exact GELU.
     """
 
     def __init__(self, mlp: Mlp) -> None:
@@ -269,7 +270,7 @@ class TiledBlock(nn.Module):
     """A Swin block that runs on tiles of rows, so that intermediate results stay in the CPU's cache.
 
     Args:
-        block: all of whose layers but attention treat each token by itself.
+        block: a block in which only attention mixes tokens.
     """
 
     def __init__(self, block: SwinBlock) -> None:
@@ -295,7 +296,7 @@ class TiledBlock(nn.Module):
 
 
 def tiles(height: int, window: int, shift: int, count: int) -> Iterator[tuple[list[slice], int]]:
-    """Rows of a map on which a block can run independently of the others.
+    """Split the rows of a map into tiles that a block can process independently.
 
     Args:
         height: H.
@@ -320,7 +321,7 @@ def tiles(height: int, window: int, shift: int, count: int) -> Iterator[tuple[li
 
 
 def _freeze_block(block: nn.Module) -> nn.Module:
-    """Optimise a block if all of its parts are known; otherwise return it as it is."""
+    """Optimise a block if all of its parts are known; otherwise return it unchanged."""
     if type(block) not in (SwinBlock, SwinBlockV2):
         return block
     block = cast(SwinBlock, block)

@@ -57,7 +57,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zero each sample of (B, ...), or scale it so that its expectation is kept."""
+        """Zero some samples of (B, ...), and scale the others so that the expectation is preserved."""
         if not self.training or self.rate == 0:
             return x
         keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
@@ -110,16 +110,16 @@ class PatchMerging(nn.Module):
         bottom, right = (rows - 1) * s + max(s, 2) - H, (columns - 1) * s + max(s, 2) - W
         if tracing() or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # behind the last top-left corner
+        ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # one past the last top-left corner
         return torch.cat([x[:, i : i + ends[0] : s, j : j + ends[1] : s] for j in (0, 1) for i in (0, 1)], -1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halve the map (stride 2), double the channels."""
+        """Halve height and width (for stride 2), and double the channels."""
         return self.reduction(self.norm(self.gather(x)))
 
 
 class PatchMergingV2(PatchMerging):
-    """V2 normalises after the reduction."""
+    """Patch merging of V2, which normalises after the reduction."""
 
     @staticmethod
     def norm_dim(dim: int) -> int:
@@ -127,7 +127,7 @@ class PatchMergingV2(PatchMerging):
         return 2 * dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """Halve the map (stride 2), double the channels."""
+        """Halve height and width (for stride 2), and double the channels."""
         return self.norm(self.reduction(self.gather(x)))
 
 
@@ -137,7 +137,7 @@ class Mlp(nn.Module):
     Args:
         dim: C.
         hidden: channels between the layers.
-        act: returns the activation.
+        act: creates the activation.
         drop: dropout rate after each layer.
         with_cp: recompute the hidden channels in the backward pass instead of storing them.
     """
@@ -172,7 +172,7 @@ class SwinBlock(nn.Module):
             classifiers, transformers, mmpretrain; timm decides for each axis by itself).
         dim: C.
         mlp: module (..., C) -> (..., C).
-        norm: returns a norm for C channels.
+        norm: creates a norm for C channels.
         drop_path: probability of dropping a branch.
     """
 
@@ -203,7 +203,7 @@ class SwinBlock(nn.Module):
             return window, shift
         if size[0] > window[0] and size[1] > window[1]:
             return window, shift
-        # As in the official code: the shorter side of the map decides for both axes, timm decides by axis.
+        # As in the official code, the shorter side of the map decides for both axes; timm decides for each axis.
         side = min(size)
         return (min(window[0], side), min(window[1], side)), (0, 0)
 
@@ -218,7 +218,7 @@ class SwinBlock(nn.Module):
 
 
 class SwinBlockV2(SwinBlock):
-    """V2 normalises the result of each branch instead of its input (V2, section 3.2)."""
+    """The block of V2, which normalises the output of each branch instead of its input (V2, section 3.2)."""
 
     def forward_windows(self, x: Tensor, window: Size, shift: Size) -> Tensor:
         """Apply the block with this window and shift, (B, H, W, C) -> (B, H, W, C)."""
@@ -259,7 +259,7 @@ class SwinPyramid(nn.Module):
         mlp_ratio: hidden channels of the MLP over C.
         depths: blocks per stage.
         num_heads: attention heads per stage.
-        strides: of the patch embedding and of the merging before each further stage.
+        strides: strides of the patch embedding and of the patch merging before each further stage.
         out_indices: stages to return, ascending.
         qkv_bias: learn a bias for q, k and v.
         qk_scale: factor on the product of q and k; None for head size ** -0.5.
@@ -268,17 +268,17 @@ class SwinPyramid(nn.Module):
         attn_drop_rate: dropout of attention weights.
         drop_path_rate: stochastic depth of the last block; it grows linearly from 0.
         use_abs_pos_embed: add a learned absolute position embedding, resized (bicubic) to the map.
-        pretrain_img_size: image side, or (height, width), that the absolute embedding is made for.
-        act: makes the MLP's activation.
-        norm: makes a norm over the last axis for a number of channels.
-        with_cp: recompute in the backward pass instead of keeping intermediate tensors: True for those of every block,
-            one truth value per stage for those of its blocks, 'mlp' for the hidden channels of every MLP.
+        pretrain_img_size: image size, a side or (height, width), for which the absolute embedding is created.
+        act: creates the MLP's activation.
+        norm: creates a norm over the last axis, given the number of channels.
+        with_cp: recompute in the backward pass instead of keeping intermediate tensors: True for every block,
+            one boolean per stage for the blocks of some stages, 'mlp' for the hidden channels of every MLP.
         pad_small_map: see :class:`SwinBlock`.
         attention: name of the attention kernel, see :mod:`swin_mm.ops.attention`.
 
     Raises:
         TypeError: an argument of the wrong type.
-        ValueError: an argument that is not allowed, or does not fit the others; the message says which and why.
+        ValueError: an argument out of range or inconsistent with the others; the message says which and why.
     """
 
     attention_type: ClassVar[type[WindowAttention]] = WindowAttention
@@ -394,7 +394,7 @@ class SwinPyramid(nn.Module):
         self.apply(_init_linear)
 
     def _attention_options(self, stage: int) -> dict[str, Any]:
-        """Arguments of the attention that only a subclass knows."""
+        """Further arguments of a stage's attention, for subclasses to override."""
         return {}
 
     def embed(self, image: Tensor) -> Tensor:
@@ -438,7 +438,7 @@ class SwinPyramidV2(SwinPyramid):
         window_size: as in V1.
         pretrained_window_sizes: per stage, the window the weights were pre-trained with where it differs from the one
             in use, else 0; as in :class:`WindowAttentionV2`.
-        **options: the rest of :class:`SwinPyramid`'s arguments; ``qk_scale`` is learned in V2 and must be None.
+        **options: the other arguments of :class:`SwinPyramid`; ``qk_scale`` is learned in V2 and must be None.
     """
 
     attention_type = WindowAttentionV2
@@ -473,7 +473,7 @@ class SwinPyramidV2(SwinPyramid):
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Start linear layers as the official code does; norms and convolutions keep PyTorch's start."""
+    """Initialise linear layers as the official code does; norms and convolutions keep PyTorch's defaults."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Window attention of V1 and V2: projections and position bias. The softmax is a kernel, chosen by name.
+"""Window attention of V1 and V2: projections and position bias. The attention itself is a kernel, chosen by name.
 
 B batch, (H, W) map, (Hw, Ww) window, N = Hw * Ww tokens per window, C channels, h heads, d = C / h head size.
 """
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from swin_mm.ops.attention import get_kernel
 from swin_mm.ops.windows import Size, log_spaced_offsets, padded_size, relative_index
 
-# Attributes of nn.Module that change what calling it does.
+# Attributes of nn.Module that change the effect of calling it.
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling a layer is ``F.linear(x, layer.weight, layer.bias)`` and nothing else.
 
-    Not so for adapters, quantized and parametrized layers, layers with hooks, and layers whose ``forward`` was
+    False for adapters, quantized and parametrized layers, layers with hooks, and layers whose ``forward`` was
     replaced.
     """
     return type(layer) is nn.Linear and not has_hooks(layer)
@@ -113,7 +113,7 @@ class WindowAttention(nn.Module):
             qkv = self.project(x)
             pad = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias.to(qkv.dtype)
         else:
-            # Hooks, adapters and quantized layers may project zero to anything: pad first, as the official code does.
+            # Hooks, adapters and quantized layers may map zeros to any value: pad first, as the official code does.
             Hp, Wp = padded_size((H, W), window)
             qkv = self.project(F.pad(x, (0, 0, 0, Wp - W, 0, Hp - H)))
             pad = qkv.new_zeros(qkv.shape[-1])  # unused
@@ -129,9 +129,9 @@ class WindowAttentionV2(WindowAttention):
         dim: C.
         window: (Hw, Ww).
         num_heads: h.
-        pretrained_window: window of the pre-training, whose largest offset normalises the coordinates; (0, 0) for the
+        pretrained_window: window used in pre-training, whose largest offset normalises the coordinates; (0, 0) for the
             window in use.
-        **options: the rest of :class:`WindowAttention`'s arguments.
+        **options: the other arguments of :class:`WindowAttention`.
     """
 
     MAX_LOGIT_SCALE = math.log(100.0)

@@ -1,4 +1,4 @@
-"""The backbones that configs name: Swin with OpenMMLab's arguments, freezing and initialisation."""
+"""The registered backbones: Swin with OpenMMLab's arguments, frozen stages and ``init_cfg``."""
 
 import copy
 import inspect
@@ -38,7 +38,7 @@ OTHER_NORMS = (
 
 
 class _Backbone:
-    """What mmengine wants of a backbone, on top of a pyramid."""
+    """What mmengine expects of a backbone, as a mixin for the pyramids."""
 
     def __init__(
         self,
@@ -86,13 +86,13 @@ class _Backbone:
             module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True):
-        """Switch to training; frozen stages stay in evaluation. Returns self."""
+        """Set training mode; frozen stages stay in evaluation mode. Returns self."""
         super().train(mode)
         self._freeze()
         return self
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names, or keep the random weights and log that.
+        """Load the checkpoint of ``init_cfg``; without one, keep the random weights and log that.
 
         Raises:
             CheckpointError: the checkpoint cannot be read, or does not give every parameter of the backbone (except
@@ -126,8 +126,8 @@ class _Backbone:
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Convert the keys under ``prefix`` to ours, then load as any module does.
 
-        So ``load_state_dict`` and mmengine's loader take every known naming, and missing and unexpected keys are
-        counted by them, as strictly as their caller asked for. A state dict of another architecture always raises.
+        Thus ``load_state_dict`` and mmengine's loader accept every known naming. They report missing and unexpected
+        keys themselves, with the strictness of their caller. A state dict of another architecture always raises.
 
         Raises:
             CheckpointError: nothing under ``prefix`` fits the backbone.
@@ -161,16 +161,16 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
         depths: blocks per stage; any number of stages.
         num_heads: attention heads per stage.
         act_cfg: activation of the MLPs.
-        norm_cfg: every norm.
+        norm_cfg: all norms.
         frozen_stages: -1 for none; k >= 0 freezes the patch embedding and stages 0 to k - 1 with their output norms,
-            from construction on.
+            at construction.
         pretrained: older way to write ``init_cfg=dict(type='Pretrained', checkpoint=...)``.
-        convert_weights: accepted and not needed: namings are recognised.
-        init_cfg: how to start; ``dict(type='Pretrained', checkpoint=...)``, a source as
-            :func:`swin_mm.checkpoints.read_checkpoint` takes it, optionally with ``prefix``.
+        convert_weights: accepted for compatibility and ignored, because namings are recognised.
+        init_cfg: initialisation, usually ``dict(type='Pretrained', checkpoint=...)`` with a source for
+            :func:`swin_mm.checkpoints.read_checkpoint`, and optionally ``prefix``.
         strict: *new* the checkpoint of ``init_cfg``, and in this project's tools that of ``load_from`` too, must give
             the whole backbone, except output norms, which classifiers lack; False loads what fits.
-            ``load_state_dict`` is as strict as its own argument. ``load_report`` tells what happened.
+            ``load_state_dict`` follows its own ``strict``. The result is in ``load_report``.
         compile: *new* compile the backbone: True, or the options of ``torch.compile``, such as
             ``dict(mode='reduce-overhead')`` for CUDA graphs.
         **options: the arguments of :class:`swin_mm.models.swin.SwinPyramid`, among them *new*: ``pad_small_map``,
@@ -178,7 +178,7 @@ class SwinTransformer(_Backbone, SwinPyramid, BaseModule):
 
     Raises:
         TypeError: an unknown argument, or one of the wrong type.
-        ValueError: an argument that is not allowed, or does not fit the others.
+        ValueError: an argument out of range or inconsistent with the others.
 
     Example:
         >>> maps = SwinTransformer(arch='t')(torch.rand(1, 3, 224, 224))
@@ -268,7 +268,7 @@ def _require_layer(name: str, config: Any, expected: str) -> dict[str, Any]:
 
 
 def _try_layer(name: str, config: dict, expected: str, build: Callable[[], nn.Module]) -> None:
-    """Build a layer and apply it to a small map, so that one that cannot work is rejected at once."""
+    """Build a layer and apply it to a small map, so that an unsuitable one is rejected at construction."""
     try:
         with torch.device('cpu'), torch.no_grad():
             layer = build()
@@ -292,7 +292,7 @@ def _require_frozen_stages(frozen_stages: Any, stages: int) -> int:
 
 
 def _require_compile(compile: Any) -> bool | dict[str, Any]:
-    """Whether to compile, or the options of ``torch.compile``, which are tried out."""
+    """Return whether to compile, or the options of ``torch.compile`` after trying them."""
     expected = 'True, False, or the options of torch.compile'
     if not isinstance(compile, dict):
         return require_bool('compile', compile, ', or the options of torch.compile')
@@ -304,7 +304,7 @@ def _require_compile(compile: Any) -> bool | dict[str, Any]:
 
 
 def _require_init_cfg(pretrained: Any, init_cfg: Any) -> dict | list[dict] | None:
-    """The ``init_cfg`` of both arguments.
+    """Combine ``pretrained`` and ``init_cfg`` into one ``init_cfg``.
 
     Raises:
         TypeError: neither a path nor a config.
@@ -329,7 +329,7 @@ def _require_init_cfg(pretrained: Any, init_cfg: Any) -> dict | list[dict] | Non
         reject('init_cfg', init_cfg, expected, ValueError if several and not configs else TypeError)
     for config in configs:
         if 'checkpoint' in config:
-            config.setdefault('type', 'Pretrained')  # mmdet does not ask for the type
+            config.setdefault('type', 'Pretrained')  # mmdet does not check the type
         if reason := _reason_against_initialiser(config):
             reject('init_cfg', init_cfg, f'{expected} ({reason})')
     return configs if several else configs[0]

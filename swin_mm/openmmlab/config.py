@@ -67,7 +67,7 @@ def is_pure_python(cfg: Config) -> bool:
 def raise_missing_dependency(error: BaseException) -> None:
     """Do nothing unless ``error`` arose from a library that is missing or broken.
 
-    mmengine wraps such an error in others that name neither the library nor a remedy.
+    mmengine wraps such an error in others that mention neither the library nor a remedy.
 
     Raises:
         DependencyError: names the library and how to install it.
@@ -189,7 +189,7 @@ def iter_dicts(node: Any) -> Iterator[dict]:
 
 
 def reads_segments(pipeline: Any) -> bool:
-    """Whether a pipeline of mmdet reads the segmentation maps under ``seg``. Instance configs name them but do not."""
+    """Whether a pipeline of mmdet reads the maps under ``seg``. Instance configs only name them."""
     return any(step.get('with_seg') or 'Panoptic' in str(step.get('type')) for step in iter_dicts(pipeline))
 
 

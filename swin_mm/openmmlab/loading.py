@@ -28,9 +28,9 @@ from swin_mm.utils.errors import CheckpointError
 
 
 def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -> Any:
-    """Read a checkpoint as :func:`swin_mm.checkpoints.read_checkpoint` does, and also what mmengine knows.
+    """Read a checkpoint as :func:`swin_mm.checkpoints.read_checkpoint` does, with two additions for mmengine.
 
-    That is the log histories in its training checkpoints, and addresses of its file backends.
+    Log histories in training checkpoints are read, and ``source`` may be an address of any mmengine file backend.
 
     Args:
         source: a path, or an address of http(s), ``hf://`` or any file backend of mmengine.
@@ -43,10 +43,10 @@ def read_checkpoint(source: str | os.PathLike[str], map_location: Any = 'cpu') -
 
 
 def read_for_mmengine(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Read a checkpoint for mmengine's ``CheckpointLoader``: the state dict under ``state_dict``, and no code.
+    """Read a checkpoint in the form that mmengine's ``CheckpointLoader`` returns, without any code in it.
 
-    ``Runner.resume`` executes the config that a checkpoint carries as text, ``meta.config``, to look for ``gpu_ids``;
-    it is left out here.
+    The state dict is under ``state_dict``. The config text ``meta.config`` is left out, because ``Runner.resume`` would
+    execute it to look for ``gpu_ids``.
 
     Raises:
         CheckpointError: see :func:`read_checkpoint`.
@@ -61,7 +61,7 @@ def read_for_mmengine(filename: str, map_location: Any = None) -> dict[str, Any]
 
 
 def fetch(source: str) -> AbstractContextManager[Path]:
-    """The local path of a checkpoint, valid inside the context; mmengine's file backends are asked for other schemes.
+    """The local path of a checkpoint, valid inside the context; other schemes go to mmengine's file backends.
 
     Raises:
         CheckpointError: there is no such file.
@@ -91,12 +91,12 @@ class _History(Unfinished):
 
 
 def _history_method(owner: Any, name: Any) -> None:
-    """What log histories use ``getattr`` for; mmengine sets these methods anyway."""
+    """Stand-in for ``getattr`` in pickled log histories; mmengine sets these methods by itself."""
     if not (isinstance(owner, Callee) and owner.function is _History and str(name).isidentifier()) or name[0] == '_':
         raise UnknownName(f'getattr of {name}')
 
 
-# What mmengine's training checkpoints name beside plain data.
+# Names in the pickles of mmengine's training checkpoints, besides plain data.
 NAMES = {
     f'{HistoryBuffer.__module__}.HistoryBuffer': _History,
     'builtins.getattr': _history_method,
@@ -107,14 +107,14 @@ NAMES = {
 def require_complete(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
     """Raise unless a checkpoint gives every parameter and persistent buffer of a model its value.
 
-    Loads shapes, not values, into a copy of the model on the meta device. So each module converts its keys as it does
-    in a real load (Swin backbones from any known naming), and neither the model nor its ``load_report`` changes.
+    Loads shapes, not values, into a copy of the model on the meta device: each module converts its keys as in a real
+    load (Swin backbones from any known naming), and neither the model nor its ``load_report`` changes.
 
     Call it before a test and before a run is resumed. It is too strict for fine-tuning, where a head with another
     number of classes starts from random weights; there :class:`CompleteBackboneHook` checks the backbone alone.
 
     Args:
-        model: the whole model, before FSDP shards it; DDP and test-time augmentation wrappers are looked through.
+        model: the whole model, before FSDP shards it; DDP and test-time augmentation wrappers are unwrapped.
         state_dict: the checkpoint's tensors by name, as :func:`swin_mm.checkpoints.unwrap` returns them. A leading
             ``module.`` is ignored, as in mmengine.
         source: the file or address, for the message.
@@ -149,7 +149,7 @@ def require_complete(model: nn.Module, state_dict: Mapping[str, Any], source: st
 
 
 def _problem(backbone: SwinPyramid) -> str:
-    """What the last load of a backbone left incomplete, and the remedy; empty where nothing."""
+    """What is missing after the last load into a backbone, and the remedy; empty if nothing is."""
     report = getattr(backbone, 'load_report', None)
     return '' if report is None else report.problem
 
@@ -286,10 +286,10 @@ def _shown(value: Any) -> str:
 
 @HOOKS.register_module()
 class CompleteBackboneHook(Hook):
-    """Stops a run whose checkpoint left part of a Swin backbone at random.
+    """Check before a run that the checkpoint gave every parameter of the Swin backbones; raise otherwise.
 
     mmengine's loader lets missing keys pass, for example where ``load_from`` names a classifier's weights instead of a
-    detector's. The tools of this project add this hook; with others' tools, add it to the config::
+    detector's. This project's tools add the hook; with other tools, add it to the config::
 
         custom_hooks = [dict(type='swin_mm.CompleteBackboneHook')]
 

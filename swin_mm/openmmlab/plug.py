@@ -67,8 +67,8 @@ RECIPES = {
         {'start_factor': 1e-3, 'by_epoch': True, 'end': 20, 'convert_to_iter_based': True},
     ),
 }
-WARMUP_SHARE = 10  # a warm-up that we add takes at most one part in ten of the run
-# Backbones with branches that the heads of the method depend on.
+WARMUP_SHARE = 10  # a warm-up that we add takes at most 1 / WARMUP_SHARE of the run
+# Backbones with extra outputs that the heads of their method depend on.
 METHOD_BACKBONES = {
     'SSDVGG',
     'HourglassNet',
@@ -97,7 +97,7 @@ class Level(NamedTuple):
 
 
 class PartStrides(NamedTuple):
-    """Strides of the maps that a part of the model gives (backbone, neck) or reads (a head), before and after."""
+    """Strides of the maps that a part of the model outputs (backbone, neck) or reads (a head), before and after."""
 
     part: str
     before: tuple[float, ...]
@@ -106,7 +106,7 @@ class PartStrides(NamedTuple):
 
 @dataclass
 class Report:
-    """What happened to the model beyond the exchange of the backbone.
+    """What changed in the model besides the backbone.
 
     Args:
         strides: of backbone, neck and heads. Empty where a Swin was replaced by the same Swin.
@@ -143,7 +143,7 @@ def plug(cfg: Config, arch: str | None = None, v2: bool = False, checkpoint: str
 def plug_with_report(
     cfg: Config, arch: str | None = None, v2: bool = False, checkpoint: str | None = None
 ) -> tuple[Config, Report]:
-    """Do the work of :func:`plug` and return a report of it besides the config."""
+    """Return the result of :func:`plug` together with a report instead of logging."""
     if arch not in (None, *ARCHS):
         raise InputError(f'arch {arch!r} is not known; choose from: {", ".join(ARCHS)}')
     before, cfg = with_type_names(cfg), with_type_names(cfg)
@@ -156,8 +156,8 @@ def plug_with_report(
     replaced = False
     for owner in list(iter_dicts(model)):
         for key, node in owner.items():
-            if _is_swin(node) and (key != 'backbone' or _is_as_asked(node, arch, v2)):
-                _adopt(node, scope, checkpoint)
+            if _is_swin(node) and (key != 'backbone' or _has_size_and_version(node, arch, v2)):
+                _convert_swin(node, scope, checkpoint)
             elif key == 'backbone' and isinstance(node, dict):
                 if not _replace(owner, arch or _arch(node) or 't', v2, checkpoint, scope, report):
                     cfg.find_unused_parameters = True
@@ -196,7 +196,7 @@ def _is_swin(node: Any) -> bool:
     return isinstance(node, dict) and _name(node) in ('SwinTransformer', 'SwinTransformerV2')
 
 
-def _is_as_asked(node: dict, arch: str | None, v2: bool) -> bool:
+def _has_size_and_version(node: dict, arch: str | None, v2: bool) -> bool:
     return arch in (None, _arch(node)) and (not v2 or _name(node).endswith('V2'))
 
 
@@ -210,7 +210,7 @@ def _arch(node: dict) -> str | None:
     return next((arch for arch, known in ARCHS.items() if _plain(known) == _plain(sizes)), None)
 
 
-def _adopt(node: dict, scope: str, checkpoint: str | None) -> None:
+def _convert_swin(node: dict, scope: str, checkpoint: str | None) -> None:
     """Turn a Swin of any library into ours."""
     library = node['type'].partition('.')[0] if '.' in node['type'] else scope
     if library in ('mmpretrain', 'mmcls'):
@@ -283,13 +283,13 @@ def _replace(owner: dict, arch: str, v2: bool, checkpoint: str | None, scope: st
     if owner.get('neck'):
         return _adapt_neck(owner, old, new, scope, report)
     read = _adapt_heads(owner, old, new, scope, report)
-    if not read or len(read) == len(new):  # no head states what it reads: taken to be all
+    if not read or len(read) == len(new):  # no head says what it reads: assume that all maps are read
         return True
     return _drop_unread_by_heads(owner, new, read, scope, report)
 
 
 def _refuse_method_backbones(owner: dict, backbone: dict) -> None:
-    """Refuse models that work with their own backbone only."""
+    """Raise for models that only work with their own backbone."""
     name = _name(backbone)
     if name in METHOD_BACKBONES or 'backbone_cfg' in backbone:
         raise InputError(f'cannot be plugged: {name} is part of the method, whose heads read what only it gives')
@@ -334,7 +334,7 @@ def _run(
     scope: str,
     part: str,
     side: int = SIDE,
-    devices: Sequence[str] = ('meta', 'cpu'),  # meta is quick; modules that look at numbers need the CPU
+    devices: Sequence[str] = ('meta', 'cpu'),  # the meta device is fast; modules that read values need the CPU
 ) -> tuple[list[Level], set[int]]:
     """Run a backbone, neck or head on empty maps of an image of ``side`` pixels.
 
@@ -366,13 +366,13 @@ def _run_on(
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     if not all(isinstance(output, Tensor) and output.ndim == 4 for output in outputs):
         raise InputError(f'cannot be plugged: its {part} gives more than feature maps')
-    levels = [Level(output.shape[1], _number(side / output.shape[-1])) for output in outputs]
+    levels = [Level(output.shape[1], _round_stride(side / output.shape[-1])) for output in outputs]
     gradients = torch.autograd.grad([output.sum() for output in outputs], maps, allow_unused=True)
     return levels, {i for i, gradient in enumerate(gradients) if gradient is not None}
 
 
-def _number(stride: float) -> float:
-    """Round a stride to a whole number, below 1 to a power of two."""
+def _round_stride(stride: float) -> float:
+    """Round a stride to an integer, or below 1 to a power of two."""
     return round(stride) if stride >= 1 else 2.0 ** round(math.log2(stride))
 
 
@@ -386,10 +386,10 @@ def _adapt_neck(owner: dict, old: list[Level], new: list[Level], scope: str, rep
     name = _name(first)
     try:
         before, _ = _run(neck, old, scope, 'neck')
-    except InputError:  # it needs operators that only GPUs have, or more than maps
+    except InputError:  # it needs operators that exist only on GPUs, or inputs other than maps
         before = None
     if before is not None and len(old) > 1 and len(set(_strides(old))) == 1 and _strides(before) == _strides(new):
-        # A plain transformer gives maps of one size. A Swin gives the pyramid that this neck makes of them.
+        # A plain transformer outputs maps of one size, from which this neck makes a pyramid. A Swin outputs one itself.
         owner.pop('neck')
         report.notes.append(f'neck ({name}) removed: the backbone itself gives maps of strides {_join(_strides(new))}')
         _adapt_heads(owner, before, new, scope, report)
@@ -447,7 +447,7 @@ def _heads(owner: dict) -> Iterator[tuple[str, dict]]:
 
 
 def _adapt_heads(owner: dict, old: list[Level], new: list[Level], scope: str, report: Report) -> set[int]:
-    """Adapt the heads to new maps. Returns the positions of the maps that they read, as far as they state it."""
+    """Adapt the heads to new maps. Returns the positions of the maps that they read, as far as their configs say."""
     read: set[int] = set()
     for name, head in _heads(owner):
         read |= _rewire(head, old, new)
@@ -501,8 +501,8 @@ def _drop_unread_by_heads(owner: dict, new: list[Level], read: set[int], scope: 
     for _, head in _heads(owner):
         try:
             if not _run(head, new, scope, 'head')[1] <= read:
-                return False  # it reads more than it states
-        except InputError:  # it needs more than maps: what it states is all that is known
+                return False  # it reads more maps than its config says
+        except InputError:  # it needs other inputs, too: only its config tells what it reads
             pass
     kept = sorted(read)
     for _, head in _heads(owner):
@@ -528,7 +528,7 @@ def _keep_maps(owner: dict, kept: list[int], report: Report) -> None:
 
 
 def _rewire(node: dict, old: list[Level], new: list[Level], nested: bool = False) -> set[int]:
-    """Write the new channels where a neck or a head states the old ones; return the positions of the maps it reads."""
+    """Replace the old channels in a neck or a head by the new ones; return the positions of the maps it reads."""
     before, after = [level.channels for level in old], [level.channels for level in new]
     channels, index = node.get('in_channels'), node.get('in_index')
     orders: list[Sequence[int]] = []  # positions of the maps that the channels may belong to
@@ -676,7 +676,7 @@ def _check_schedule(cfg: Config) -> None:
         InputError: one of them cannot be built.
     """
     schedulers, train_cfg = cfg.get('param_scheduler') or [], cfg.get('train_cfg') or {}
-    epoch_length = 1000  # any number: the data is not looked at
+    epoch_length = 1000  # any number will do: the data is not read
     max_epochs = train_cfg.get('max_epochs', 1)
     max_iters = train_cfg.get('max_iters', max_epochs * epoch_length)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)

@@ -1,4 +1,4 @@
-"""Token layout: from a map to windows and back, and which tokens of a window may see each other.
+"""Window partition and its inverse, the mask of shifted windows, and offsets for the relative position bias.
 
 B batch, (H, W) map, (Hw, Ww) window, nW windows per padded map, N = Hw * Ww tokens per window, C channels.
 Windows of one image are adjacent and in reading order, and so are the tokens of a window: token t of window n of image
@@ -21,14 +21,14 @@ from torch.autograd import Function
 Size = tuple[int, int]
 Result = TypeVar('Result')
 
-# What every published Swin adds to a forbidden score; not -inf, so that equal weights give equal numbers.
+# Added to masked scores. Not -inf: every published Swin uses this value, and equal weights must give equal outputs.
 MASKED = -100.0
 OFFSET_RANGE = 8.0  # V2 scales offsets to [-8, 8] before the logarithm of base 8
 
 
 def functorch_active() -> bool:
     """Whether a transform of :mod:`torch.func` (jvp, vmap, grad ...) is running."""
-    # There is no public way to ask. Without this one, transforms run through the kernels and fail there with an error.
+    # There is no public API. Where this private one is missing, transforms reach the kernels and raise an error there.
     return getattr(torch._C, '_are_functorch_transforms_active', bool)()
 
 
@@ -58,18 +58,18 @@ def _cached(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Res
 
 def padded_size(size: Size, window: Size) -> Size:
     """The smallest multiple of the window that holds the map."""
-    # Written so that symbolic sizes stay simple.
+    # This form keeps symbolic sizes simple.
     return (size[0] + window[0] - 1) // window[0] * window[0], (size[1] + window[1] - 1) // window[1] * window[1]
 
 
 def window_partition(x: Tensor, window: Size, shift: Size = (0, 0), pad: Tensor | None = None) -> Tensor:
-    """Cut a map into windows: pad at the bottom and right, shift cyclically to the top left, cut.
+    """Pad a map at the bottom and right, shift it cyclically to the top left, and partition it into windows.
 
     Args:
         x: (B, H, W, C), any H and W.
         window: (Hw, Ww).
-        shift: how far the windows lie from the map's corner, (0, 0) to (Hw - 1, Ww - 1).
-        pad: (C,), what a padding token is; zeros by default.
+        shift: cyclic shift in rows and columns, from (0, 0) to (Hw - 1, Ww - 1).
+        pad: (C,), the value of padding tokens; zeros by default.
 
     Returns:
         (B * nW, N, C).
@@ -97,13 +97,13 @@ def window_reverse(windows: Tensor, size: Size, window: Size, shift: Size = (0, 
     return x[:, : size[0], : size[1]]
 
 
-class WindowMap(NamedTuple):
-    """Where tokens stand. A slot is a place for a token in the windows of one image, one of nW * N.
+class WindowIndices(NamedTuple):
+    """Indices that gather windows from a map and scatter them back. A slot is one of the nW * N tokens of all windows.
 
     Args:
-        tokens: (nW * N,), the token of each slot, as its place in the flattened map; anything for padding.
-        slots: (H * W,), the slot of each token.
-        pads: the slots that hold padding.
+        tokens: (nW * N,), for each slot the index of its token in the flattened map; arbitrary for padding.
+        slots: (H * W,), for each token of the map the index of its slot.
+        pads: (number of padding tokens,), the indices of slots that hold padding.
     """
 
     tokens: Tensor
@@ -112,12 +112,12 @@ class WindowMap(NamedTuple):
 
 
 def _wrapped(at: Tensor, length: int) -> Tensor:
-    """``at % length`` of places below twice the length; ONNX's exporter takes no remainder by a symbolic length."""
+    """``at % length`` for ``at < 2 * length``; the ONNX exporter does not support a remainder by a symbolic length."""
     return torch.where(at < length, at, at - length)
 
 
 def _tokens(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """The token of each slot, (nW * N,), -1 for padding. Arithmetic alone, so that exporters can leave sizes open."""
+    """For each slot the index of its token, -1 for padding, (nW * N,). Only arithmetic: exported sizes stay dynamic."""
     axes = zip(padded_size(size, window), window, shift, strict=True)
     rows, columns = (_wrapped(torch.arange(s, p + s, device=device), p).view(p // w, w) for p, w, s in axes)
     rows, columns = rows[:, None, :, None], columns[None, :, None, :]  # (nH, 1, Hw, 1) and (1, nW, 1, Ww)
@@ -125,7 +125,7 @@ def _tokens(size: Size, window: Size, shift: Size, device: torch.device) -> Tens
 
 
 def _slots(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """The slot of each token, (H * W,). Arithmetic as well."""
+    """For each token of the map the index of its slot, (H * W,). Only arithmetic, like :func:`_tokens`."""
     (Hp, Wp), (Hw, Ww) = padded_size(size, window), window
     axes = zip(size, (Hp, Wp), shift, strict=True)
     rows, columns = (_wrapped(torch.arange(p - s, n + p - s, device=device), p) for n, p, s in axes)
@@ -134,80 +134,80 @@ def _slots(size: Size, window: Size, shift: Size, device: torch.device) -> Tenso
 
 
 @_cached(64)
-def window_map(size: Size, window: Size, shift: Size, device: torch.device) -> WindowMap:
-    """The places of the tokens of a map of ``size`` (H, W)."""
-    # On the CPU: the number of pads is needed.
+def window_indices(size: Size, window: Size, shift: Size, device: torch.device) -> WindowIndices:
+    """The indices for a map of ``size`` (H, W). Cached: do not write to them."""
+    # On the CPU, because nonzero() on a GPU would synchronise.
     tokens, slots = (of(size, window, shift, torch.device('cpu')) for of in (_tokens, _slots))
     parts = (tokens.clamp(min=0), slots, (tokens < 0).nonzero().flatten())
-    return WindowMap(*(part.to(device) for part in parts))
+    return WindowIndices(*(part.to(device) for part in parts))
 
 
 class _Gather(Function):
-    """Gather windows from a map. The backward is a gather too, instead of the scattered sum of ``index_select``."""
+    """Gather windows from a map. The backward is a gather too, not the slower scatter-add of ``index_select``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, pad: Tensor, places: WindowMap) -> Tensor:
-        ctx.places = places
-        windows = x.index_select(1, places.tokens)
-        if len(places.pads):
-            windows[:, places.pads] = pad
+    def forward(ctx: Any, x: Tensor, pad: Tensor, indices: WindowIndices) -> Tensor:
+        ctx.indices = indices
+        windows = x.index_select(1, indices.tokens)
+        if len(indices.pads):
+            windows[:, indices.pads] = pad
         return windows
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        places = ctx.places
-        return grad.index_select(1, places.slots), grad[:, places.pads].sum((0, 1)), None
+        indices = ctx.indices
+        return grad.index_select(1, indices.slots), grad[:, indices.pads].sum((0, 1)), None
 
 
 class _Scatter(Function):
     """Put windows back into a map."""
 
     @staticmethod
-    def forward(ctx: Any, windows: Tensor, places: WindowMap) -> Tensor:
-        ctx.places = places
-        return windows.index_select(1, places.slots)
+    def forward(ctx: Any, windows: Tensor, indices: WindowIndices) -> Tensor:
+        ctx.indices = indices
+        return windows.index_select(1, indices.slots)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        places = ctx.places
-        grad = grad.index_select(1, places.tokens)
-        if len(places.pads):
-            grad = grad.index_fill(1, places.pads, 0)
+        indices = ctx.indices
+        grad = grad.index_select(1, indices.tokens)
+        if len(indices.pads):
+            grad = grad.index_fill(1, indices.pads, 0)
         return grad, None
 
 
 def gather_windows(x: Tensor, window: Size, shift: Size, pad: Tensor) -> Tensor:
-    """:func:`window_partition` by index, in one pass, and so its gradient."""
+    """:func:`window_partition` by index; forward and backward take one pass each."""
     if tracing():
         tokens = _tokens((x.shape[1], x.shape[2]), window, shift, x.device)
         windows = x.flatten(1, 2).index_select(1, tokens.clamp(min=0))
         windows = torch.where((tokens < 0)[:, None], pad, windows)
         Hp, Wp = padded_size((x.shape[1], x.shape[2]), window)
         return windows.view(x.shape[0] * (Hp // window[0]) * (Wp // window[1]), window[0] * window[1], x.shape[3])
-    places = window_map((x.shape[1], x.shape[2]), window, shift, x.device)
-    return _Gather.apply(x.flatten(1, 2), pad, places).view(-1, window[0] * window[1], x.shape[3])
+    indices = window_indices((x.shape[1], x.shape[2]), window, shift, x.device)
+    return _Gather.apply(x.flatten(1, 2), pad, indices).view(-1, window[0] * window[1], x.shape[3])
 
 
 def scatter_windows(windows: Tensor, size: Size, window: Size, shift: Size) -> Tensor:
-    """:func:`window_reverse` by index, in one pass, and so its gradient."""
+    """:func:`window_reverse` by index; forward and backward take one pass each."""
     if tracing():
         Hp, Wp = padded_size(size, window)
         images = windows.shape[0] // ((Hp // window[0]) * (Wp // window[1]))
         slots = _slots(size, window, shift, windows.device)
         return windows.reshape(images, Hp * Wp, -1).index_select(1, slots).unflatten(1, size)
-    places = window_map(size, window, shift, windows.device)
+    indices = window_indices(size, window, shift, windows.device)
     C = windows.shape[2]
-    return _Scatter.apply(windows.reshape(-1, len(places.tokens), C), places).view(-1, *size, C)
+    return _Scatter.apply(windows.reshape(-1, len(indices.tokens), C), indices).view(-1, *size, C)
 
 
 def region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
-    """What to add to the scores of shifted windows so that tokens see only their own region.
+    """Attention mask of shifted windows: added to the scores, it restricts every token to its own region.
 
-    The cyclic shift brings tokens from opposite edges of the map into one window; those are kept apart. Padding is a
-    region like any other: pad tokens are not masked, as in every published Swin.
+    The cyclic shift brings tokens from opposite edges of the map into one window; the mask separates
+    them. Padding is a region like any other: padding tokens are not masked, as in every published Swin.
 
     Returns:
-        (nW, N, N), 0 where two tokens may see each other and ``MASKED`` where not. Cached: do not write to it.
+        (nW, N, N), 0 where two tokens attend to each other, else ``MASKED``. Cached: do not write to it.
     """
     return _region_mask(padded_size(size, window), window, shift, device)
 
@@ -226,13 +226,13 @@ def _region_mask(size: Size, window: Size, shift: Size, device: torch.device) ->
 
 @_cached(64)
 def relative_index(window: Size, table_window: Size, device: torch.device) -> Tensor:
-    """Row of the bias table for each pair of tokens: the offset from the second token to the first.
+    """Row of the bias table for each pair of tokens (query, key): that of the offset query - key.
 
     Args:
         window: (Hw, Ww) of the tokens.
         table_window: the window whose offsets the table lists, (2 * height - 1) * (2 * width - 1) rows in reading
             order. A smaller window reads the central part.
-        device: where the index shall be.
+        device: of the result.
 
     Returns:
         (N, N), int64. Cached: do not write to it.
@@ -248,13 +248,13 @@ def relative_index(window: Size, table_window: Size, device: torch.device) -> Te
 def log_spaced_offsets(
     window: Size, whole: Size, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> Tensor:
-    """Offsets between tokens of a window as V2's position bias takes them (Swin V2, equation 4).
+    """Log-spaced offsets between the tokens of a window, the input of V2's position bias MLP (Swin V2, equation 4).
 
     Args:
         window: (Hw, Ww) of the tokens.
         whole: the window whose largest offset is normalised to 1.
         dtype: of the result.
-        device: where the result shall be.
+        device: of the result.
 
     Returns:
         (2 * Hw - 1, 2 * Ww - 1, 2); the largest offset of ``whole`` becomes log2(9) / log2(8).

@@ -1,1 +1,1 @@
-"""What every other room may use: errors, files, the environment. Imports nothing else of this package."""
+"""What all other packages may import: errors, files, the environment. Imports no other package of swin_mm."""

@@ -1,4 +1,4 @@
-"""Which of the libraries that swin_mm builds on work here, and the command that fixes each one that does not."""
+"""Which of the libraries that swin_mm depends on work here, and the command that fixes each one that does not."""
 
 import importlib.util
 from functools import cache
@@ -55,13 +55,13 @@ def install_command(module: str) -> str:
 
 
 def find_problem(module: str) -> str:
-    """Import a module; what is wrong and the command that mends it in one sentence, or '' if it works."""
+    """Import a module. Return the problem and the command that fixes it in one sentence, or '' if it works."""
     package = module.partition('.')[0]
     name = NAMES.get(module, module)
     fix = FIXES[module]
     if not is_installed(module):
         return f'{package} is not installed; install it with: {fix}'
-    # Two distributions of one package overwrite each other's files in an order that nobody chose.
+    # Two distributions of one package overwrite each other's files, depending on the order of installation.
     owners = _owners(package)
     if len(owners) > 1:
         return f'{" and ".join(owners)} both install {package}; keep one: pip uninstall -y {" ".join(owners)} && {fix}'
@@ -80,7 +80,7 @@ def require(*modules: str) -> None:
     """Import what a program is about to use, for instance ``require(*SCOPES['mmdet'])``.
 
     Raises:
-        DependencyError: the first of them that is absent or broken, with the command that mends it.
+        DependencyError: the first of them that is missing or broken, with the command that fixes it.
     """
     for module in modules:
         if problem := find_problem(module):

@@ -11,11 +11,11 @@ from swin_mm.utils.errors import InputError
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Write a file so that readers see the old content or all of the new, never a part.
+    """Write a file atomically: readers see the complete old or new content, never a part.
 
     Yields a new temporary file in the same folder and with the same suffix. When the block ends without an error, the
     temporary file is flushed to disk and replaces ``path``; otherwise it is removed. An existing file keeps its mode, a
-    new one gets the usual mode of new files, and of a symbolic link the target is replaced.
+    new one gets the default mode; if ``path`` is a symbolic link, its target is replaced.
 
     Args:
         path: the file to write; its folder is created if missing.

@@ -14,7 +14,7 @@ from mmengine.dataset import DefaultSampler, InfiniteSampler
 from support.tool_fixtures import ROOT
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from swin_mm.engine.dataloading import NumberedBatches, naming_errors, resumable, seed_all
+from swin_mm.engine.dataloading import NumberedBatches, resumable, seed_all, with_sample_errors
 from swin_mm.utils.errors import InputError
 
 
@@ -89,7 +89,7 @@ def test_loading_leaves_the_generators_of_the_process_alone():
 
 
 def test_the_dataset_is_reached_through_the_wrapper():
-    made = resumable(naming_errors(loader(sampler=DefaultSampler)), (5, 0))
+    made = resumable(with_sample_errors(loader(sampler=DefaultSampler)), (5, 0))
     assert made.dataset.metainfo['classes'] == ('a', 'b') and len(made.dataset) == 7 and len(made) == 4
     assert not hasattr(made.dataset, '__getitems__'), 'torch would get samples past the seeds'
     assert isinstance(made.batch_sampler.sampler, DefaultSampler), 'where mmengine sets the epoch'
@@ -106,7 +106,7 @@ def test_an_epoch_ends_and_the_next_begins_from_the_sampler():
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_a_sample_that_cannot_be_loaded_is_named(workers):
-    made = naming_errors(loader(Failing(), workers))
+    made = with_sample_errors(loader(Failing(), workers))
     with pytest.raises(InputError, match=r"\d.jpg with \d.png cannot be loaded: 'NoneType' .* \(AttributeError\)"):
         next(iter(made))
 

@@ -1,4 +1,4 @@
-"""Checking a whole data set before a long training: what is missing, broken or suspicious in it."""
+"""Check of a whole data set before a long training: what is missing, broken or suspicious in it."""
 
 from swin_mm.analysis.dataset_check.check import check_datasets
 from swin_mm.analysis.dataset_check.findings import Finding

@@ -18,7 +18,7 @@ MOST_SAMPLES = 32
 
 
 def contrasting(sizes: dict[int, tuple[int, int]], count: int) -> list[int]:
-    """Keys of images of the most different sizes first: what differs most is most likely not to fit into one batch.
+    """Choose images of the most different sizes, which are the most likely not to fit into one batch.
 
     Args:
         sizes: (width, height) by key.

@@ -21,11 +21,11 @@ LINES = 5  # per kind of finding on the screen
 
 @dataclass
 class Part:
-    """What train, val or test is made of; parts that read the same are one.
+    """Statistics and findings of train, val or test; splits that read the same data are one part.
 
     Args:
         name: 'train', or several names.
-        classes: By the config.
+        classes: Names from the config.
         images: Digests of the image files by path; None if a file cannot be read.
         sizes: (width, height) of the images.
         amounts: Objects or pixels by number of the class.

@@ -1,4 +1,4 @@
-"""Decoding the files of one sample and checking its annotations; this is what the worker processes do."""
+"""Decode the files of one sample and check its annotations; this runs in the worker processes."""
 
 import io
 import os

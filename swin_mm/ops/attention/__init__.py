@@ -27,10 +27,10 @@ _BY_DEVICE = {'cpu': 'cpu', 'cuda': 'triton'}
 def auto(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
 ) -> Tensor:
-    """The fastest supported kernel.
+    """Attention by the fastest supported kernel.
 
-    In eager mode, float64 and forward-mode differentiation take the definition. Exported graphs, which have to run
-    without this package, take ``sdpa``.
+    In eager mode, float64 and forward-mode differentiation use ``reference``. Exported graphs use ``sdpa``,
+    because they must run without this package.
     """
     name = _BY_DEVICE.get(qkv.device.type, 'sdpa')
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
@@ -52,7 +52,7 @@ def require_kernel(
     scale: float | Tensor,
     dropout: float = 0.0,
 ) -> Tensor:
-    """One particular fused kernel.
+    """Attention by the fused kernel ``name``, without falling back to another one.
 
     Raises:
         RuntimeError: it does not support the input; the message says why.
@@ -71,7 +71,7 @@ def _is_transformed(qkv: Tensor) -> bool:
 
 
 def reason_against(name: str, qkv: Tensor, bias: Tensor, dropout: float) -> str:
-    """Why a kernel does not support these tensors, or ''. Constant in compiled code."""
+    """Why a kernel does not support these tensors, or '' if it does. A constant in compiled code."""
     head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
     return _as_constant(name, qkv.device, qkv.dtype, head_size, dropout > 0)
 
@@ -83,7 +83,7 @@ def _as_constant(name: str, device: torch.device, dtype: torch.dtype, head_size:
 
 @lru_cache
 def unsupported_reason(name: str, device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str:
-    """Why a kernel does not support the input, or ''. Logged once."""
+    """Why a kernel does not support such inputs, or '' if it does. Each reason is logged once."""
     reason = _FUSED[name].unsupported_reason(device, dtype, head_size, dropout) or ''
     if reason:
         logging.getLogger('swin_mm').warning('the %s attention kernel is not used: %s', name, reason)

@@ -1,7 +1,7 @@
-"""Window attention on CPUs in one pass, by ``window_attention.cpp``, which is compiled at installation.
+"""Fused window attention on CPUs, by ``window_attention.cpp``, which is compiled at installation.
 
-There is one build per instruction set that PyTorch distinguishes. They run on PyTorch's threads, since both load the
-same OpenMP.
+There is one build for each of the instruction sets that PyTorch distinguishes. The kernel runs on PyTorch's threads,
+since both load the same OpenMP library.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def find_library(capability: str) -> ctypes.CDLL | None:
     for name in builds[{'AVX512': 0, 'AVX2': 1}.get(capability, 2) :]:
         spec = find_spec(f'swin_mm.ops.attention._cpu_{name}')
         if spec and spec.origin:
-            with suppress(OSError):  # built on another kind of machine
+            with suppress(OSError):  # built for another kind of machine
                 return ctypes.CDLL(spec.origin)
     return None
 
@@ -56,7 +56,7 @@ def _call(name: str, qkv: Tensor, *tensors: Tensor | None, problem: tuple[float,
 
 
 def _sizes(qkv: Tensor, heads: int, window: Sequence[int], shift: Sequence[int]) -> list[int]:
-    """``Shape`` in ``window_attention.cpp``."""
+    """The fields of ``Shape`` in ``window_attention.cpp``."""
     return [*qkv.shape[:3], qkv.shape[3] // 3, heads, *window, *shift]
 
 
@@ -129,7 +129,7 @@ def attention(
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
-    """Why :func:`attention` cannot serve such inputs, or None if it can."""
+    """Why :func:`attention` does not support such inputs, or None if it does."""
     if device.type != 'cpu':
         return f'it does not run on {device.type}'
     if find_library(torch.backends.cpu.get_cpu_capability()) is None:

@@ -1,4 +1,4 @@
-"""What the fused kernels tell PyTorch about themselves: no second derivative, and how many operations they take."""
+"""What is registered with PyTorch for each fused kernel: an error for second derivatives, and a FLOP formula."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -22,7 +22,7 @@ def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
 def register_flops(name: str) -> None:
     """Have PyTorch's ``FlopCounterMode`` count the matrix products of ``swin_mm::name`` and its backward.
 
-    The operators take ``(qkv, pad, bias, ..., window, shift)``, the backward the gradient before these.
+    The operators take ``(qkv, pad, bias, ..., window, shift)``; the backward takes the output's gradient before these.
     """
     namespace = torch.ops.swin_mm
 
@@ -32,11 +32,11 @@ def register_flops(name: str) -> None:
 
     @register_flop_formula(getattr(namespace, f'{name}_backward'))
     def backward(grad: Any, qkv: Sequence[int], pad: Any, bias: Sequence[int], *rest: Any, **_: Any) -> int:
-        return 5 * _product(qkv, bias, rest[-2])  # the scores once more, and four gradients
+        return 5 * _product(qkv, bias, rest[-2])  # recomputed scores, and four products for the gradients
 
 
 def _product(qkv: Sequence[int], bias: Sequence[int], window: Sequence[int]) -> int:
-    """Operations of one (N, N) x (N, d) product in all windows and heads; a multiply-add is two."""
+    """FLOPs of one (N, N) x (N, d) product in all windows and heads; a multiply-add counts as two."""
     batch, height, width, channels = qkv
     windows = batch * -(-height // window[0]) * -(-width // window[1])
     return 2 * windows * bias[1] * bias[2] * channels // 3

@@ -26,7 +26,7 @@ def split_heads(windows: Tensor, heads: int, scale: float | Tensor) -> tuple[Ten
     ``scale``.
 
     Returns:
-        Queries, keys, values, and the factor that is left for the scores.
+        Queries, keys, values, and the factor still to be applied to the scores.
     """
     q, k, v = windows.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     if not isinstance(scale, Tensor):
@@ -68,7 +68,7 @@ def attention(
     """Softmax attention inside windows (Swin V1, section 3.2, equation 4; V2, equation 2).
 
     The map is padded at the bottom and right to whole windows, shifted cyclically to the top left and partitioned.
-    Tokens of different regions of a shifted window do not attend to each other. Padding is attended to like any token.
+    Tokens of different regions of a shifted window do not attend to each other. Padding tokens are not masked.
 
     Args:
         qkv: queries, keys and values of a map's tokens, (B, H, W, 3C), each as h heads of d channels.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swin_mm.ops.attention.reference import scores, split_heads, without_autocast
-from swin_mm.ops.windows import Size, gather_windows, region_mask, scatter_windows, window_map
+from swin_mm.ops.windows import Size, gather_windows, region_mask, scatter_windows, window_indices
 
-EPS = 1e-12  # of torch.nn.functional.normalize
+EPS = 1e-12  # that of torch.nn.functional.normalize
 
 
 def attention(
@@ -30,28 +30,28 @@ def attention(
     if mask is None:
         added = _align_rows(bias.to(q.dtype))[None]  # broadcast, never expanded
         if torch.compiler.is_exporting():
-            added = added.expand(q.shape[0], -1, -1, -1)  # otherwise exporters guard on more than one window
+            added = added.expand(q.shape[0], -1, -1, -1)  # otherwise exporters assume more than one window
     else:
         added = (bias + mask[:, None]).to(q.dtype).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
     out = F.scaled_dot_product_attention(q, k, v, added, dropout, scale=factor)
     out = out.transpose(1, 2)
     if torch.compiler.is_exporting():
-        out = out.clone(memory_format=torch.contiguous_format)  # the decomposition returns other strides
+        out = out.clone(memory_format=torch.contiguous_format)  # the decomposed operator returns other strides
     return scatter_windows(out.flatten(2), size, window, shift)
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
-    """Why :func:`attention` does not support such inputs, or None: it supports all."""
+    """Why :func:`attention` does not support such inputs, or None. It supports all."""
     return None
 
 
 def _align_rows(bias: Tensor) -> Tensor:
-    """Pad rows to a multiple of 16 elements: CUDA's kernels would copy others, once per window."""
+    """Align rows to 16 elements in memory; otherwise CUDA's kernels would copy the bias for every window."""
     return F.pad(bias, (0, -bias.shape[-1] % 16))[..., : bias.shape[-1]] if bias.is_cuda else bias
 
 
-# In compiled code the whole of attention is one operator. Traced through, the symbolic sizes of windows and padding,
-# nested from stage to stage, would take the compiler minutes.
+# In compiled code all of attention is one operator. Tracing through it would take the compiler minutes, because the
+# symbolic sizes of windows and padding are nested from stage to stage.
 
 
 @torch.library.custom_op('swin_mm::sdpa_attention', mutates_args=())
@@ -85,7 +85,7 @@ def _backward_op(
     scale: float,
     scales: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of qkv, pad and bias, and of scales if there are any; one image at a time, to bound the scores."""
+    """Gradients of qkv, pad, bias and, if given, scales; one image at a time, to limit the memory for scores."""
     grad_qkv = torch.empty_like(qkv)
     sums = [torch.zeros_like(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (pad, bias, bias[:, 0, 0])]
     problem = (window[0], window[1]), (shift[0], shift[1]), scale if scales is None else scales
@@ -131,9 +131,9 @@ def _image_gradients(
                 for gradient, unit, length in zip((grad_q, grad_k), (q, k), lengths, strict=True)
             )
         slots = torch.stack([grad_q, grad_k, grad_v]).permute(1, 3, 0, 2, 4).flatten(2).flatten(0, 1)  # (nW * N, 3C)
-        places = window_map(size, window, shift, qkv.device)
-        grad_qkv = slots.index_select(0, places.slots).view(*size, -1)
-        return grad_qkv.to(qkv.dtype), slots.index_select(0, places.pads).sum(0), grad_s.sum(0), grad_scale
+        indices = window_indices(size, window, shift, qkv.device)
+        grad_qkv = slots.index_select(0, indices.slots).view(*size, -1)
+        return grad_qkv.to(qkv.dtype), slots.index_select(0, indices.pads).sum(0), grad_s.sum(0), grad_scale
 
 
 @_backward_op.register_fake

@@ -13,7 +13,7 @@ of its gradient stay in registers. Partial sums go to a buffer and are added up 
 results are deterministic.
 """
 
-from __future__ import annotations  # annotations name Triton's types, which may be missing
+from __future__ import annotations  # annotations use Triton's types, which may not exist
 
 import math
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ if triton is not None:
 
 
 def _jit(function):
-    """Make a kernel, or a part of one, that is compiled once for all maps and batches."""
+    """``triton.jit`` for a kernel or a part of one, compiled once for all sizes of maps and batches."""
     if triton is None:
         return function
     varying = ('windows', 'H', 'W', 'down', 'across', 'shift_y', 'shift_x', 'heads', 'splits')
@@ -54,14 +54,14 @@ def _jit(function):
 
 @_jit
 def _token(slots, SHAPE: tl.constexpr):
-    """Token of the window in each slot, and whether there is one."""
+    """For each slot the index of its token in the window, and whether the slot holds a token."""
     y, x = slots // SHAPE[2], slots % SHAPE[2]
     return y * SHAPE[1] + x, (y < SHAPE[0]) & (x < SHAPE[1])
 
 
 @_jit
 def _place(window, slots, geometry, SHAPE: tl.constexpr):
-    """Row of (B * H * W) in each slot, and whether there is one: the rest is padding."""
+    """For each slot the row of its token in (B * H * W), and whether the map has that token or it is padding."""
     H, W, down, across, shift_y, shift_x = geometry
     y = window // across % down * SHAPE[0] + slots // SHAPE[2] + shift_y
     x = window % across * SHAPE[1] + slots % SHAPE[2] + shift_x
@@ -73,7 +73,7 @@ def _place(window, slots, geometry, SHAPE: tl.constexpr):
 
 @_jit
 def _cuts(window, geometry, SHAPE: tl.constexpr):
-    """Row and column of the window from which on the shift has put the other side of the map there."""
+    """Row and column of the window from which on its tokens come from the opposite edge of the map."""
     _, _, down, across, shift_y, shift_x = geometry
     cut_y = SHAPE[0] - tl.where(window // across % down == down - 1, shift_y, 0)
     cut_x = SHAPE[1] - tl.where(window % across == across - 1, shift_x, 0)
@@ -104,7 +104,7 @@ def _store(pointers, values, mask, D: tl.constexpr):
 @_jit
 def _load_keys(qkv, pad, rows, real, slots, head, C, D: tl.constexpr, SHAPE: tl.constexpr):
     """Keys and values of the map's tokens and of padding."""
-    # The compiler does not see through `where` that rows are aligned.
+    # The compiler cannot tell that rows are aligned after `where`.
     pointers = tl.multiple_of(tl.where(real, qkv + rows * 3 * C, pad) + C + head * D, 16)
     _, holds = _token(slots, SHAPE)
     return _load(pointers, holds, D), _load(pointers + C, holds, D)
@@ -112,7 +112,7 @@ def _load_keys(qkv, pad, rows, real, slots, head, C, D: tl.constexpr, SHAPE: tl.
 
 @_jit
 def _load_bias(bias, slots_i, slots_j, SHAPE: tl.constexpr):
-    """Bias of queries and keys whose slots broadcast; -inf for slots without a key."""
+    """Bias for slots of queries and keys that broadcast to a tile; -inf for slots without a key."""
     i, _ = _token(slots_i, SHAPE)
     j, holds = _token(slots_j, SHAPE)
     N: tl.constexpr = SHAPE[0] * SHAPE[1]
@@ -127,15 +127,15 @@ def _inverse_length(x):
 
 @_jit
 def _unit(x, COSINE: tl.constexpr):
-    """What enters the product of queries and keys: for cosine attention, rows of length 1."""
+    """Normalise the rows to length 1 for cosine attention; otherwise return x."""
     if COSINE:
         x = (x.to(tl.float32) * _inverse_length(x)[:, None]).to(x.dtype)
     return x
 
 
 @_jit
-def _before_unit(grad, x, COSINE: tl.constexpr):
-    """Gradient of x from that of :func:`_unit` of x."""
+def _unit_backward(grad, x, COSINE: tl.constexpr):
+    """Gradient of x, given the gradient of ``_unit(x)``."""
     if COSINE:
         inverse = _inverse_length(x)[:, None]
         unit = x.to(tl.float32) * inverse
@@ -227,7 +227,7 @@ def _backward(
         rows, real = _place(window, i, geometry, SHAPE)
         q = _load(qkv + rows * 3 * C + head * D, real, D)
         k, v = _load_keys(qkv, pad, rows, real, i, head, C, D, SHAPE)
-        g = _load(grad + rows * C + head * D, real, D)  # what comes out for padding is thrown away
+        g = _load(grad + rows * C + head * D, real, D)  # 0 for padding, whose outputs are discarded
         log_sum = tl.load(lse + (window * heads + head) * N + token, mask=holds, other=float('inf'))
         unit_q, unit_k = _unit(q, COSINE), _unit(k, COSINE)
 
@@ -241,8 +241,8 @@ def _backward(
         grad_q = _dot(grad_scores, unit_k)
         if COSINE:
             sum_scale += tl.sum(grad_q * unit_q)
-        grad_q = _before_unit(grad_q * factor, q, COSINE)
-        grad_k = _before_unit(_dot(tl.trans(grad_scores), unit_q) * factor, k, COSINE)
+        grad_q = _unit_backward(grad_q * factor, q, COSINE)
+        grad_k = _unit_backward(_dot(tl.trans(grad_scores), unit_q) * factor, k, COSINE)
 
         to = grad_qkv + rows * 3 * C + head * D
         _store(to, grad_q, real, D)
@@ -267,7 +267,7 @@ def _backward_q(
     factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
     COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of queries and scales, and delta: for each query, its output times the output's gradient."""
+    """Gradients of queries and scales, and delta: for each query, the dot product of its output and its gradient."""
     N: tl.constexpr = SHAPE[0] * SHAPE[1]
     geometry = (H, W, down, across, shift_y, shift_x)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -300,7 +300,7 @@ def _backward_q(
             grad_q += _dot(grad_scores.to(k.dtype), k)
         if COSINE:
             sum_scale += tl.sum(grad_q * unit_q)
-        _store(grad_qkv + rows_i * 3 * C + head * D, _before_unit(grad_q * factor, q, COSINE), real_i, D)
+        _store(grad_qkv + rows_i * 3 * C + head * D, _unit_backward(grad_q * factor, q, COSINE), real_i, D)
     if COSINE:
         tl.store(grad_scales + tl.program_id(0), sum_scale)
 
@@ -311,7 +311,7 @@ def _backward_kv(
     factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
     COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values, those of padding too. Tiles are keys by queries."""
+    """Gradients of keys and values, including those of padding. Tiles are keys by queries."""
     N: tl.constexpr = SHAPE[0] * SHAPE[1]
     geometry = (H, W, down, across, shift_y, shift_x)
     head = (tl.program_id(0) % heads).to(tl.int64)
@@ -342,7 +342,7 @@ def _backward_kv(
             grad_v += _dot(weights.to(g.dtype), g)
             grad_scores = weights * (_dot(v, tl.trans(g)) - product[None, :])
             grad_k += _dot(grad_scores.to(q.dtype), q)
-        grad_k = _before_unit(grad_k * factor, k, COSINE)
+        grad_k = _unit_backward(grad_k * factor, k, COSINE)
         to = grad_qkv + rows_j * 3 * C + head * D
         _store(to + C, grad_k, real_j, D)
         _store(to + 2 * C, grad_v, real_j, D)
@@ -395,7 +395,7 @@ def _backward_bias(
 
 
 class _Call:
-    """One call's inputs and how its work is divided."""
+    """The inputs of one call, and how its work is divided among programs."""
 
     def __init__(
         self,
@@ -408,20 +408,20 @@ class _Call:
         shift: Sequence[int],
     ) -> None:
         Hw, Ww = window
-        pitch = triton.next_power_of_2(Ww)  # spares a division for each slot; only where the tile does not grow
+        pitch = triton.next_power_of_2(Ww)  # avoids a division per slot; used only if the tile does not grow
         if Hw * pitch > TILE:
             pitch = Ww
         self.heads = bias.shape[0]
         B, H, W, _ = qkv.shape
         down, across = _grid(qkv, window)
         self.windows = B * down * across
-        block = max(16, min(TILE, triton.next_power_of_2(Hw * pitch)))  # tl.dot takes no less than 16
+        block = max(16, min(TILE, triton.next_power_of_2(Hw * pitch)))  # tl.dot needs at least 16
         self.blocks = -(-Hw * pitch // block)
-        # Kernels take it that rows are aligned, which parts of a larger tensor need not be.
+        # The kernels assume aligned rows; views into larger tensors may be unaligned.
         qkv, pad = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (qkv, pad))
         self.tensors = (qkv, pad, bias, qkv if scales is None else scales)
         self.numbers = (factor, self.windows, H, W, down, across, *shift, self.heads)
-        # float32 does without tensor cores, and its tiles need the registers of twice as many threads.
+        # float32 does not use tensor cores, and its tiles need the registers of twice as many threads.
         warps, self.stages = (8, 1) if qkv.dtype == torch.float32 else (4, 2)
         self.constants = {
             'COSINE': scales is not None,
@@ -432,13 +432,13 @@ class _Call:
         }
 
     def splits(self, blocks: int) -> int:
-        """How many programs share the windows where each serves one of ``blocks`` blocks of one head."""
+        """The number of programs among which the windows are divided, for each head and each of ``blocks`` blocks."""
         return max(1, min(self.windows, PROGRAMS // (self.heads * blocks)))
 
     def launch(self, kernel, blocks: int, *tensors: Tensor) -> None:
         """Start a program for each head, split and block, head first."""
         splits = self.splits(blocks)
-        stages = 1 if kernel is _backward_kv else self.stages  # which has no registers left to load ahead
+        stages = 1 if kernel is _backward_kv else self.stages  # no registers left for prefetching
         with torch.cuda.device_of(self.tensors[0]):  # kernels start on the current device
             grid = (self.heads * splits * blocks,)
             kernel[grid](*self.tensors, *tensors, *self.numbers, splits, **self.constants, num_stages=stages)
@@ -494,7 +494,7 @@ def _backward_op(
         call.launch(_backward_kv, blocks, lse, delta, grad, grad_qkv, grad_pad)
         call.launch(_backward_bias, blocks**2, lse, delta, grad, grad_bias)
     grad_k, grad_v = grad_pad.sum(0).unbind(1)
-    grad_pad = torch.cat([torch.zeros_like(grad_k), grad_k, grad_v]).flatten()  # nobody sees what padding asks for
+    grad_pad = torch.cat([torch.zeros_like(grad_k), grad_k, grad_v]).flatten()  # queries of padding affect no output
     return grad_qkv, grad_pad.to(pad.dtype), grad_bias.sum(0).to(bias.dtype), grad_scales.sum(0)
 
 

@@ -1,7 +1,7 @@
-// Attention inside the windows of a map on a CPU, forward and backward: swin_mm/ops/attention/reference.py in one pass.
+// Fused window attention on a CPU, forward and backward. swin_mm/ops/attention/reference.py is the definition.
 //
 // Tokens are read from the projected map in place and results are written in place: padding, shift and windows are index
-// arithmetic. Each thread takes one (window, head) after the other, so that scores stay in the core's cache. All
+// arithmetic. Each thread processes one (window, head) at a time, so that scores stay in the core's cache. All
 // arithmetic is in float.
 //
 // Scores are stored with keys as rows and a block of queries as columns, so that the softmax works on whole vectors.
@@ -74,7 +74,7 @@ inline float sum(Vec x) {
 // propagates.
 inline Vec exponential(Vec x) {
     x = x < -87.0f ? broadcast(-87.0f) : x;
-    const Vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added rounds to an integer
+    const Vec shifted = x * 1.44269504f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
     const Vec n = shifted - 12582912.0f;
     const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
     Vec p = broadcast(1.0f / 5040);
@@ -86,7 +86,7 @@ inline Vec exponential(Vec x) {
     p = p * r + 1.0f;
     p = p * r + 1.0f;
     const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
-    return p * (Vec)power;  // the same bits
+    return p * (Vec)power;  // reinterprets the bits
 }
 
 // C = A B, or C += A B: A any strides, B and C rows of whole vectors.
@@ -183,7 +183,7 @@ struct Problem {
 template <class T>
 struct Window {
     const Problem<T>& p;
-    std::vector<int64_t> token;  // place in the batch of maps, -1 for padding
+    std::vector<int64_t> token;  // index in the batch of maps, -1 for padding
     std::vector<int32_t> region;
     bool divided;  // the window has several regions
 
@@ -209,7 +209,7 @@ struct Window {
         }
     }
 
-    // Heads of queries (part 0), keys (1) or values (2) of all tokens, (N, dp).
+    // Load one head of the queries (part 0), keys (1) or values (2) of all tokens, (N, dp).
     void load(int64_t part, int64_t head, float* to) const {
         const int64_t first = part * p.shape.C + head * p.d;
         for (int64_t t = 0; t < p.N; t++) {
@@ -219,7 +219,7 @@ struct Window {
         }
     }
 
-    // The same of a map (B, H, W, C), where padding is zero.
+    // The same for a map (B, H, W, C), with zeros for padding.
     void load_map(const T* map, int64_t head, float* to) const {
         for (int64_t t = 0; t < p.N; t++) {
             const T* from = map + token[t] * p.shape.C + head * p.d;
@@ -239,7 +239,7 @@ void transpose(const Problem<T>& p, const float* from, float* to) {
         }
 }
 
-// Make the rows of (N, dp) as long as `length`; what they were multiplied by goes to `factors`.
+// Scale each row of (N, dp) to the length `length`; the factors used go to `factors`.
 template <class T>
 void normalise(const Problem<T>& p, float length, float* rows, float* factors) {
     for (int64_t t = 0; t < p.N; t++) {
@@ -255,8 +255,8 @@ void scale_rows(const Problem<T>& p, float factor, float* rows) {
     for (int64_t c = 0; c < p.N * p.dp; c += LANES) at(rows + c) *= factor;
 }
 
-// Turn the scores of V vectors of queries, from `first` on, into numerators of the softmax; `inverse` gets one over
-// their sums.
+// Replace the scores of V vectors of queries, starting at `first`, by the numerators of the softmax, and store the
+// reciprocals of their sums in `inverse`.
 template <int V, class T>
 void softmax_numerator(const Window<T>& window, int64_t head, int64_t first, float* scores, float* inverse) {
     const Problem<T>& p = window.p;
@@ -330,7 +330,8 @@ void forward_items(const Problem<T>& p, int64_t begin, int64_t end, T* out) {
     }
 }
 
-// Turn the gradients of normalised rows to those of the rows; the result is the gradient of `length`.
+// Backward of `normalise`: replace the gradients of the normalised rows by those of the rows, and return the gradient
+// of `length`.
 template <class T>
 float denormalise(const Problem<T>& p, float length, const float* rows, const float* factors, float* grads) {
     float total = 0;
@@ -347,7 +348,7 @@ float denormalise(const Problem<T>& p, float length, const float* rows, const fl
     return total;
 }
 
-// `sums` is what is added up over windows, for one head after the other.
+// `sums` accumulates over windows, head by head, the gradients of the bias, of padding and of the scale.
 template <class T>
 void backward_items(const Problem<T>& p, int64_t begin, int64_t end, const T* grad, T* grad_qkv,
                     std::vector<float>& sums) {
@@ -428,8 +429,8 @@ std::vector<float> transposed(const float* bias, const Shape& shape) {
     return result;
 }
 
-// Call work(begin, end, thread) on each thread's share of the items. An exception must not leave a parallel region, so
-// that a failed allocation of any thread is thrown again behind it.
+// Call work(begin, end, thread) on each thread's share of the items. Exceptions must not leave a parallel region, so a
+// failed allocation in any thread is rethrown after it.
 template <class Work>
 void parallel_for(int64_t items, const Work& work) {
     std::atomic<bool> out_of_memory{false};
@@ -463,7 +464,7 @@ void backward(const void* qkv, const void* pad, const float* bias, const float* 
     parallel_for(p.windows * shape.heads, [&](int64_t begin, int64_t end, int64_t thread) {
         backward_items(p, begin, end, static_cast<const T*>(grad), static_cast<T*>(grad_qkv), all[thread]);
     });
-    for (const auto& sums : all) {  // one after the other, so that repeated runs give the same bits
+    for (const auto& sums : all) {  // in a fixed order, so that repeated runs give the same bits
         const float* from = sums.data();
         for (int64_t head = 0; head < shape.heads && from; head++) {
             for (int64_t i = 0; i < p.N; i++)

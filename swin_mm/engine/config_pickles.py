@@ -1,4 +1,4 @@
-"""Refusing configs that have mmengine, mmdet or mmseg unpickle a file: opening a pickle runs code from it."""
+"""Reject configs that would make mmengine, mmdet or mmseg unpickle a file, because unpickling can run code."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +12,14 @@ _NOT_OPENED = ('checkpoint', 'pretrained', 'teacher_ckpt', 'out_file_path', 'pro
 
 
 def require_no_pickles(cfg: Config, *parts: str) -> None:
-    """Refuse a config that names a pickle to be opened, as ``proposal_file='x.pkl'`` or ``class_weight='x.pkl'``.
+    """Raise if a config names a pickle to be opened, such as ``proposal_file='x.pkl'`` or ``class_weight='x.pkl'``.
 
     Args:
         cfg: the config.
         parts: what will run, of 'train', 'val' and 'test' (their dataloaders and evaluators), and 'model'.
 
     Raises:
-        InputError: a pickle would be opened; it names each file and its key.
+        InputError: a pickle would be opened; the message names each file and its key.
     """
     sections = [f'{part}_{kind}' for part in parts if part != 'model' for kind in ('dataloader', 'evaluator')]
     sections += ['model'] * ('model' in parts)

@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 
-from swin_mm.engine.trust import require_no_pickles
+from swin_mm.engine.config_pickles import require_no_pickles
 from swin_mm.utils.errors import InputError
 
 
