@@ -1,4 +1,4 @@
-"""Configs that would have a library unpickle a file are refused."""
+"""Configs that would make a library unpickle a file are rejected."""
 
 import pytest
 from mmengine.config import Config
@@ -26,7 +26,7 @@ def test_pickles_are_named_and_refused(part, section, setting, named):
     require_no_pickles(cfg, other)
 
 
-def test_what_is_written_or_read_safely_may_be_a_pickle():
+def test_pickles_that_are_written_or_read_safely_are_allowed():
     cfg = Config(
         {
             'model': {'backbone': {'init_cfg': {'type': 'Pretrained', 'checkpoint': 'maskformer.pkl'}}},

@@ -1,4 +1,4 @@
-"""What a sample is depends on the seed and its place in the run, not on workers or on what was drawn before."""
+"""A sample depends on the seed and its position in the run, not on the workers or on earlier random numbers."""
 
 import os
 import random
@@ -18,8 +18,8 @@ from swin_mm.engine.dataloading import NumberedBatches, resumable, seed_all, wit
 from swin_mm.utils.errors import InputError
 
 
-class Drawing(Dataset):
-    """Every sample is its index and a number of each generator."""
+class RandomSamples(Dataset):
+    """Every sample consists of its index and a random number from each generator."""
 
     metainfo: dict = {'classes': ('a', 'b')}  # noqa: RUF012
 
@@ -33,13 +33,13 @@ class Drawing(Dataset):
         return {'img_path': f'{index}.jpg', 'seg_map_path': f'{index}.png'}
 
 
-class Failing(Drawing):
+class Failing(RandomSamples):
     def __getitem__(self, index):
         raise AttributeError("'NoneType' object has no attribute 'shape'")
 
 
 def loader(dataset=None, workers=0, sampler=InfiniteSampler, **options):
-    dataset = dataset or Drawing()
+    dataset = dataset or RandomSamples()
     options |= {'multiprocessing_context': 'fork'} if workers else {}
     return DataLoader(dataset, 2, sampler=sampler(dataset, seed=1), num_workers=workers, collate_fn=list, **options)
 
@@ -66,7 +66,7 @@ def test_batches_are_the_same_after_a_skip_and_with_other_workers(sampler):
 def test_skipped_samples_are_not_loaded():
     loaded = []
 
-    class Counting(Drawing):
+    class Counting(RandomSamples):
         def __getitem__(self, index):
             loaded.append(index)
             return super().__getitem__(index)
@@ -75,12 +75,12 @@ def test_skipped_samples_are_not_loaded():
     assert len(loaded) == 2
 
 
-def test_ranks_draw_differently():
+def test_ranks_have_different_random_numbers():
     first, second = (next(iter(resumable(loader(), (5, rank)))) for rank in (0, 1))
     assert [sample[0] for sample in first] == [sample[0] for sample in second] and first != second
 
 
-def test_loading_leaves_the_generators_of_the_process_alone():
+def test_loading_does_not_change_the_random_state_of_the_process():
     seed_all(3, 4)
     expected = random.random(), np.random.rand(), torch.rand(())
     seed_all(3, 4)
@@ -88,15 +88,15 @@ def test_loading_leaves_the_generators_of_the_process_alone():
     assert (random.random(), np.random.rand(), torch.rand(())) == expected
 
 
-def test_the_dataset_is_reached_through_the_wrapper():
+def test_wrappers_forward_attributes_of_the_dataset():
     made = resumable(with_sample_errors(loader(sampler=DefaultSampler)), (5, 0))
     assert made.dataset.metainfo['classes'] == ('a', 'b') and len(made.dataset) == 7 and len(made) == 4
-    assert not hasattr(made.dataset, '__getitems__'), 'torch would get samples past the seeds'
+    assert not hasattr(made.dataset, '__getitems__'), 'torch would fetch samples without seeding them'
     assert isinstance(made.batch_sampler.sampler, DefaultSampler), 'where mmengine sets the epoch'
 
 
 def test_an_epoch_ends_and_the_next_begins_from_the_sampler():
-    dataset = Drawing()
+    dataset = RandomSamples()
     numbered = NumberedBatches(BatchSampler(DefaultSampler(dataset, seed=1), 2, drop_last=False))
     first = list(numbered)
     assert [key[1:] for batch in first for key in batch] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
@@ -129,7 +129,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.skipif(shutil.which('unshare') is None or os.getuid() != 0, reason='needs a /dev/shm of its own')
-def test_a_full_shared_memory_is_an_error_and_no_hang():
+def test_full_shared_memory_raises_instead_of_hanging():
     def run(kind, seconds):
         script = f'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$0" -c "$1" {kind}'
         return subprocess.run(
@@ -148,8 +148,8 @@ def test_a_full_shared_memory_is_an_error_and_no_hang():
     assert 'refused:' in done.stdout and 'shared memory' in done.stdout, done.stdout + done.stderr
 
 
-def test_signals_to_the_group_spare_workers():
-    class Group(Drawing):
+def test_signals_to_the_process_group_do_not_reach_workers():
+    class Group(RandomSamples):
         def __getitem__(self, index):
             return os.getpgrp()
 

@@ -1,4 +1,4 @@
-"""Two ranks on the CPU learn what one process learns; runs that are killed go on.
+"""Two ranks on the CPU train like one process; killed runs resume.
 
 See :mod:`support.processes` for how they run.
 """
@@ -34,7 +34,7 @@ FSDP = ROOT / 'configs/_base_/strategies/fsdp.py'
 
 
 def train(config, work_dir, launcher='none', **options):
-    """Train on a config; the runner."""
+    """Train on a config and return the runner."""
     cfg = Config.fromfile(config)
     options = {key.replace('__', '.'): value for key, value in options.items()}
     cfg.merge_from_dict(options | {'work_dir': str(work_dir), 'launcher': launcher, 'experiment_name': work_dir.name})
@@ -44,7 +44,7 @@ def train(config, work_dir, launcher='none', **options):
 
 
 def on_two_ranks(function, *arguments):
-    """The calls for ``in_processes`` that run (function, rank, *arguments) as torchrun would."""
+    """The calls with which ``in_processes`` runs (function, rank, *arguments) as torchrun would."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
     return [(_as_rank, number, port, function, *arguments) for number in range(2)]
@@ -57,7 +57,7 @@ def _as_rank(number, port, function, *arguments):
 
 
 def learn(_, folder):
-    """What each of two ranks learns."""
+    """Train on each of two ranks and save the results."""
     plain, fsdp = folder / 'plain/toy.py', folder / 'fsdp/toy.py'
 
     runner = train(plain, folder / 'ddp', 'pytorch', train_dataloader__batch_size=2)
@@ -68,7 +68,7 @@ def learn(_, folder):
     accumulating = {'train_dataloader__batch_size': 1, 'optim_wrapper__accumulative_counts': 2}
     train(plain, folder / 'accumulated', 'pytorch', **accumulating)
 
-    half = {'train_dataloader__batch_size': 2, 'model__dtype': 'float32'}  # the norm of gradients wants it
+    half = {'train_dataloader__batch_size': 2, 'model__dtype': 'float32'}  # the norm of gradients needs it
     runner = train(fsdp, folder / 'fsdp', 'pytorch', **half)
     units = [module for module in runner.model.modules() if isinstance(module, FullyShardedDataParallel)]
     assert len(units) == 4, 'one for each block and one around all'
@@ -84,7 +84,7 @@ def uses_every_parameter():
     )
     for kind, frozen, out, with_cp in ways:
         if frozen > max(out):
-            continue  # nothing is left to train
+            continue  # nothing to train
         backbone = MODELS.build(
             dict(
                 type=f'swin_mm.{kind}',
@@ -107,7 +107,7 @@ def uses_every_parameter():
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """A folder of what one process and two ranks have learned."""
+    """A folder with the results of one process and of two ranks."""
     folder = tmp_path_factory.mktemp('runs')
     toy.write_config(folder / 'plain')
     toy.write_config(folder / 'fsdp', FSDP)
@@ -121,7 +121,7 @@ def learned(runs, name, part='state_dict'):
 
 
 def assert_same(ours, theirs, tolerance=1e-12):
-    """Up to the order of summation."""
+    """Assert equality up to the order of summation."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         torch.testing.assert_close(ours[key], value, rtol=0, atol=tolerance, check_dtype=False)
@@ -129,11 +129,11 @@ def assert_same(ours, theirs, tolerance=1e-12):
 
 def test_two_ranks_equal_one_process_with_the_same_batch(runs):
     assert_same(learned(runs, 'ddp'), learned(runs, 'one'))
-    for number, state in learned(runs, 'one', 'optimizer')['state'].items():  # what the gradients add up to
+    for number, state in learned(runs, 'one', 'optimizer')['state'].items():  # the sum of the gradients
         assert_same(learned(runs, 'ddp', 'optimizer')['state'][number], state)
 
 
-def test_accumulation_of_two_equals_the_double_batch(runs):
+def test_accumulating_two_batches_equals_one_of_twice_the_size(runs):
     assert_same(learned(runs, 'accumulated'), learned(runs, 'one'))
 
 
@@ -151,7 +151,7 @@ def run_tool(config, *arguments):
 
 
 def train_and_die(config, *arguments):
-    """Train, and die while the checkpoint after the second epoch is written."""
+    """Train, and exit while the checkpoint of the second epoch is being written."""
     write = Path.write_bytes
 
     def write_half(self, content):
@@ -165,12 +165,12 @@ def train_and_die(config, *arguments):
 
 
 def losses(work_dir):
-    """Of every iteration, in the order of the runs."""
+    """The losses of every iteration, in the order of the runs."""
     lines = ''.join(path.read_text() for path in sorted(work_dir.glob('*/vis_data/scalars.json'))).splitlines()
     return [json.loads(line)['loss'] for line in lines]
 
 
-def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
+def test_a_killed_run_resumes_from_the_last_complete_checkpoint(tmp_path):
     whole, killed = (toy.write_config(tmp_path / name) for name in ('whole', 'killed'))
     options = ['--cfg-options', 'train_cfg.max_epochs=3', 'default_hooks.checkpoint.max_keep_ckpts=1']
     assert in_processes((run_tool, whole, *options), (train_and_die, killed, *options)) == [0, -signal.SIGKILL]
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(tmp_path):
     assert [path.name for path in killed.parent.rglob('*epoch_*.pth')] == ['epoch_3.pth']
 
 
-def test_fsdp_wants_ranks(tmp_path):
+def test_fsdp_without_a_launcher_is_an_error(tmp_path):
     cfg = Config.fromfile(toy.write_config(tmp_path, FSDP))
     cfg.update(work_dir=str(tmp_path), launcher='none')
     with pytest.raises(InputError, match='tools/dist_train.sh'):
@@ -203,7 +203,7 @@ def train_as_rank(number, config, stop, *arguments):
 
 
 @pytest.mark.parametrize('kind', ['ddp', 'fsdp'])
-def test_a_signal_to_one_rank_stops_all_of_them_at_one_iteration(runs, kind, tmp_path):
+def test_a_signal_to_one_rank_stops_all_ranks_at_the_same_iteration(runs, kind, tmp_path):
     config = toy.write_config(tmp_path, *[FSDP] * (kind == 'fsdp'))
     options = ['--cfg-options', 'train_dataloader.batch_size=2']
     options += ['model.dtype=float32'] * (kind == 'fsdp')
@@ -270,7 +270,7 @@ def test_torchrun_ends_the_job_when_a_rank_is_killed(tmp_path):
         ),
     ],
 )
-def test_what_the_scripts_run(script, arguments, environment, expected, tmp_path):
+def test_commands_of_the_shell_scripts(script, arguments, environment, expected, tmp_path):
     (tmp_path / 'srun').write_text('#!/bin/sh\necho "$@"')
     (tmp_path / 'srun').chmod(0o755)
     clean = {'PYTHON': 'echo', 'PATH': f'{tmp_path}:{os.environ["PATH"]}'}

@@ -1,4 +1,4 @@
-"""Guards what engine/fsdp.py takes from the private part of mmengine."""
+"""Checks that the private API of mmengine that engine/fsdp.py uses still exists."""
 
 import inspect
 import sys
@@ -18,7 +18,7 @@ def test_mmengine_has_the_strategy_that_ours_extends():
     assert {'model_wrapper', 'state_dict_cfg'} <= options.keys()
 
 
-def test_a_version_without_it_is_refused_by_name(monkeypatch):
+def test_a_version_without_it_is_named_in_the_error(monkeypatch):
     monkeypatch.delitem(sys.modules, 'swin_mm.engine.fsdp', raising=False)
     monkeypatch.setitem(sys.modules, 'mmengine._strategy', None)
     with pytest.raises(DependencyError, match='FSDP needs mmengine._strategy.*pip install.*DDP'):

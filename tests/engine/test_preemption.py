@@ -1,4 +1,4 @@
-"""Signals and errors; that runs are resumed is tested in test_resume.py, with the tools and with several ranks."""
+"""Signals and errors. Resuming is tested in test_resume.py, test_distributed.py and with the tools."""
 
 import signal
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ from swin_mm.utils.errors import Stopped
         (RuntimeError('the loss is infinite'), True, False),
     ],
 )
-def test_a_worker_that_the_signal_has_ended_is_no_error(error, signalled, stops, monkeypatch):
+def test_a_worker_ended_by_the_signal_is_not_an_error(error, signalled, stops, monkeypatch):
     def train():
         hook._signal = 15 * signalled
         raise error
@@ -56,7 +56,7 @@ def test_handlers_are_restored_and_nohup_is_respected(monkeypatch):
         signal.signal(signal.SIGHUP, hangup)
 
 
-def test_stopping_in_a_validation_gives_the_weights_back_that_ema_had_exchanged(monkeypatch):
+def test_stopping_in_validation_restores_the_weights_swapped_by_ema(monkeypatch):
     returned, stopped = [], []
     monkeypatch.setattr(EMAHook, 'after_val_epoch', lambda self, runner, metrics=None: returned.append(not stopped))
     hook = PreemptionHook()
@@ -66,7 +66,7 @@ def test_stopping_in_a_validation_gives_the_weights_back_that_ema_had_exchanged(
     assert returned == [True] and stopped == [7]
 
 
-def test_gradients_between_two_steps_are_in_the_checkpoint():
+def test_accumulated_gradients_are_saved_in_the_checkpoint():
     def made():
         torch.manual_seed(0)
         model = nn.Linear(2, 1)

@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and resumed equals the unbroken one, bit for bit."""
+"""A run that was stopped anywhere and resumed equals an uninterrupted one, bit for bit."""
 
 import signal
 
@@ -24,7 +24,7 @@ custom_hooks = {hooks}
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    """Train in a folder, perhaps until a signal; what the last checkpoint holds."""
+    """Train in a folder, possibly until a signal, and return the content of the last checkpoint."""
 
     preload(tiny.task)
 
@@ -51,7 +51,7 @@ def run(tiny, tmp_path):
 
 
 def differences(ours, theirs, path=''):
-    """The keys of what differs in two nests of tensors."""
+    """The keys at which two nested containers of tensors differ."""
     if isinstance(theirs, torch.Tensor):
         return [] if torch.equal(ours, theirs) else [path]
     if isinstance(theirs, dict):
@@ -64,7 +64,7 @@ def differences(ours, theirs, path=''):
 
 
 @pytest.mark.parametrize('workers', [2, pytest.param(0, marks=pytest.mark.slow)])
-def test_a_resumed_run_equals_the_unbroken_one(run, workers):
+def test_a_resumed_run_equals_an_uninterrupted_one(run, workers):
     whole = run('whole', workers)
     # In the fifth iteration, after a checkpoint; then in the same one, to be saved after it; then in the validation.
     stops = [(signal.SIGKILL, 4, False), (signal.SIGTERM, 4, False), (signal.SIGHUP, 6, True)]

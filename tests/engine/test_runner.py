@@ -1,4 +1,4 @@
-"""What is set in the config before a run, and that nothing of mmengine is replaced for it."""
+"""Settings added to the config before a run, without patching mmengine."""
 
 import os
 
@@ -23,7 +23,7 @@ def config(**settings):
     return Config(dict(train_cfg=dict(type='EpochBasedTrainLoop', max_epochs=1), train_dataloader=loader) | settings)
 
 
-def test_mmengine_stays_as_it_is():
+def test_mmengine_is_not_patched():
     configure_training(config())
     assert LOOPS.get('EpochBasedTrainLoop') is EpochBasedTrainLoop
     assert LOOPS.get('IterBasedTrainLoop') is IterBasedTrainLoop
@@ -49,7 +49,7 @@ def test_the_config_names_our_loop(train_cfg, loop):
     assert cfg.train_cfg.keys() <= {'type', 'max_epochs', 'max_iters'}
 
 
-def test_settings_are_added_once_and_the_users_own_stay():
+def test_settings_are_added_once_and_user_settings_are_kept():
     cfg = config(
         train_cfg=dict(type='mmdet.TheirLoop'),
         default_hooks=dict(checkpoint=dict(type='CheckpointHook', interval=3)),
@@ -84,7 +84,7 @@ def test_checkpoints_run_no_code(tmp_path):
     assert not (tmp_path / 'exploded').exists()
 
 
-def test_a_head_that_is_missing_or_of_another_shape():
+def test_a_missing_or_mismatched_head_is_an_error():
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2))
     state = model.state_dict()
     load_complete(model, {key: value for key, value in state.items() if 'num_batches' not in key}, 'old.pth')
@@ -97,7 +97,7 @@ def test_a_head_that_is_missing_or_of_another_shape():
             load_complete(model, wrong, 'x.pth')
 
 
-def test_other_runners_are_refused():
+def test_other_runner_types_are_rejected():
     with pytest.raises(InputError, match='runner_type'):
         build_runner(Config({'runner_type': 'FlexibleRunner', 'strategy': {'type': 'DeepSpeedStrategy'}}))
 

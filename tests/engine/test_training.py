@@ -1,4 +1,4 @@
-"""What is checked before training, and how the errors of a run are explained."""
+"""Checks before training, and error messages of a run."""
 
 import errno
 import logging
@@ -12,7 +12,7 @@ from swin_mm.engine.training import WarmupCheckHook, changed_data, explained, re
 from swin_mm.utils.errors import CheckpointError, InputError
 
 
-def test_other_training_data_is_told_without_running_the_old_config(tmp_path):
+def test_changed_training_data_is_reported_without_running_the_old_config(tmp_path):
     old = f"""
 open({str(tmp_path / 'exploded')!r}, 'w')
 train_dataloader = dict(dataset=dict(ann_file='a.json', data_root='data/old', metainfo=dict(classes=('a', 'b'))))
@@ -41,7 +41,7 @@ train_dataloader = dict(dataset=dict(ann_file='a.json', data_root='data/old', me
         (dict(type='ConstantLR', factor=0.1, by_epoch=False, end=9000), '2000 of 2000'),
     ],
 )
-def test_a_long_warm_up_is_told(scheduler, warned, caplog):
+def test_a_long_warm_up_gives_a_warning(scheduler, warned, caplog):
     cfg = Config(dict(param_scheduler=[scheduler]))
     runner = SimpleNamespace(cfg=cfg, max_iters=2000, train_dataloader=range(100), logger=logging.getLogger('warmup'))
     with caplog.at_level('WARNING'):
@@ -75,7 +75,7 @@ def test_errors_of_a_run_name_the_remedy(error, expected, tmp_path):
     assert re.search(expected, text) and '\n' not in text
 
 
-def test_unknown_errors_stay_as_they_are(tmp_path):
+def test_unknown_errors_are_not_changed(tmp_path):
     for error in (RuntimeError('the loss is infinite'), OSError(errno.ECONNRESET, 'reset')):
         assert explained(error, Config(dict(work_dir=str(tmp_path)))) is error
 

@@ -1,4 +1,4 @@
-"""One run at a time in a work_dir; checkpoints are there in full or not at all."""
+"""One run at a time in a work_dir; atomic checkpoints."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ BACKEND = {'backend': 'swin_mm'}
 
 
 def hold_and_die(folder):
-    """Hold the lock, try it from a second process, and die."""
+    """Hold the lock, try to take it in a second process, and get killed."""
     with locked(folder):
         code = in_processes((try_lock, folder))
         (folder / 'second').write_text(str(code))
         child = os.fork()
-        if child == 0:  # as a data worker that outlives the run
+        if child == 0:  # like a data worker that outlives the run
             time.sleep(30)
             os._exit(0)
         (folder / 'child').write_text(str(child))
@@ -28,7 +28,7 @@ def hold_and_die(folder):
 
 
 def try_lock(folder):
-    """Exit with 7 where the lock is held, naming the holder."""
+    """Exit with 7 if the lock is held and the error names the holder."""
     try:
         with locked(folder):
             pass
@@ -50,7 +50,7 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     assert sorted(path.name for path in tmp_path.glob('.*.pth')) == ['.mine.pth'], 'half-written ones are removed'
 
 
-def test_a_work_dir_that_cannot_be_made(tmp_path):
+def test_a_work_dir_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(InputError, match='cannot be written to.*--work-dir'), locked(tmp_path / 'file'):
         pass
@@ -68,7 +68,7 @@ def test_the_old_checkpoint_is_removed_after_the_new_one_is_written(tmp_path):
     assert (tmp_path / 'epoch_2.pth').read_bytes() == b'newer'
 
 
-def test_the_last_checkpoint_where_its_name_was_being_written(tmp_path):
+def test_the_last_checkpoint_is_found_without_a_valid_last_checkpoint_file(tmp_path):
     for age, name in enumerate(('.epoch_11.abcd1234.pth', 'best_loss_epoch_9.pth', 'epoch_10.pth', 'epoch_9.pth')):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 1000 - age))

@@ -24,27 +24,27 @@ BOTH = pytest.mark.parametrize('pyramid', [SwinPyramid, SwinPyramidV2])
 
 
 @pytest.mark.parametrize('value', [np.int64(3), np.uint8(3), torch.tensor(3), 3])
-def test_integers_become_plain_ones(value):
+def test_integers_become_python_ints(value):
     assert type(require_int('depth', value)) is int
     assert require_pair('patch_size', value) == (3, 3)
     assert require_windows('window_size', [value, value], (1, 1, 1)) == ((3, 3),) * 3
 
 
 @pytest.mark.parametrize('value', [np.float32(0.5), np.float64(0.5), torch.tensor(0.5), 0.5])
-def test_rates_become_plain_numbers(value):
+def test_rates_become_python_floats(value):
     assert require_rate('drop_rate', value) == require_number('qk_scale', value) == 0.5
     assert type(require_rate('drop_rate', value)) is float
 
 
 @pytest.mark.parametrize('value', [True, 1, np.bool_(True), np.int64(1)])
-def test_flags_become_plain_ones(value):
+def test_flags_become_python_bools(value):
     assert require_bool('with_cp', value) is True
     assert require_with_cp('with_cp', value, 2) == ((True, True), False)
     assert require_with_cp('with_cp', [value, None], 2) == ((True, False), False)
 
 
 @pytest.mark.parametrize('value', [False, 0, None, np.bool_(False)])
-def test_what_is_false_is_false(value):
+def test_false_values_become_false(value):
     assert require_bool('with_cp', value) is False
 
 
@@ -73,7 +73,7 @@ def test_what_is_false_is_false(value):
     ],
 )
 @BOTH
-def test_the_message_has_name_value_and_what_is_allowed(pyramid, options, message):
+def test_messages_have_name_value_and_expectation(pyramid, options, message):
     options = SMALL | options
     if 'num_heads' in message:
         options['num_heads'] = (3, 6, 12, 24)
@@ -146,7 +146,7 @@ def test_images_that_do_not_fit_name_the_expected_shape(pyramid, image, error, m
         pyramid(**SMALL)(image)
 
 
-def test_replaced_patch_embeddings_take_what_they_take():
+def test_replaced_patch_embeddings_may_take_other_channels():
     model = SwinPyramid(**SMALL)
     model.patch_embed.proj = nn.Conv2d(6, 32, 4, 4)
     assert model(torch.rand(1, 6, 32, 32))[0].shape == (1, 32, 8, 8)

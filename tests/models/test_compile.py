@@ -1,4 +1,4 @@
-"""torch.compile: one graph, few recompilations, the same numbers."""
+"""torch.compile: one graph, few recompilations, equal outputs."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_one_graph_serves_ten_sizes_with_two_recompilations(pyramid, training):
     assert counter.frame_count <= 3
 
 
-def test_the_argument_compiles_the_backbone():
+def test_compile_argument_compiles_the_backbone():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend('eager')
     model = swin_mm.SwinTransformer(
@@ -45,14 +45,14 @@ def test_the_argument_compiles_the_backbone():
 
 
 @pytest.mark.parametrize('dynamic', [None, True])
-def test_the_choice_of_a_kernel_is_no_part_of_the_graph(dynamic):
+def test_kernel_choice_is_a_constant_in_the_graph(dynamic):
     torch._dynamo.reset()
 
-    class Served(torch.nn.Linear):
+    class WithKernelCheck(torch.nn.Linear):
         def forward(self, x):
             qkv = super().forward(x)
             return qkv * 0 + 1 if kernels.reason_against('triton', qkv, self.weight[:3], 0.0) else qkv
 
-    module = Served(32, 96, dtype=torch.float64)  # a type that the Triton kernel refuses wherever it runs
+    module = WithKernelCheck(32, 96, dtype=torch.float64)  # a dtype that the Triton kernel never supports
     compiled = torch.compile(module, fullgraph=True, backend='eager', dynamic=dynamic)
     assert compiled(torch.zeros(1, 4, 4, 32, dtype=torch.float64)).eq(1).all()

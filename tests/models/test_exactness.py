@@ -10,7 +10,7 @@ import swin_mm
 from swin_mm.checkpoints import adapt
 
 # In float64 the implementations agree to rounding. In float32 both are compared with mmdet's in float64: our error may
-# be a few times theirs, whatever the processor's order of additions makes of either.
+# be a few times theirs, so that the processor's order of additions does not decide.
 LIMIT_FLOAT64, TIMES, FLOOR = 1e-10, 4, 4e-6
 
 # Every pair of remainders of the first map modulo the window of 7; H is never W.

@@ -1,4 +1,4 @@
-"""The frozen form: the same numbers as the plain model, and no way to make it outdated unnoticed."""
+"""The frozen copy equals the plain model, and changes that would make it outdated raise."""
 
 import copy
 import pickle
@@ -67,7 +67,7 @@ def test_equals_mmdet():
 
 
 def test_without_onednn_operators(monkeypatch):
-    """They are private to PyTorch: where they are missing or differ, F.linear takes their place."""
+    """They are private to PyTorch: if they are missing or have changed, F.linear is used."""
     model, image = small(), torch.rand(1, 3, 130, 97)
     with torch.no_grad():
         expected = model(image)
@@ -80,14 +80,14 @@ def test_without_onednn_operators(monkeypatch):
     inference.find_mkldnn.cache_clear()
 
 
-def test_onednn_operators_are_where_they_are_looked_for():
+def test_private_onednn_operators_exist():
     if not torch.backends.mkldnn.is_available():
         pytest.skip('this build of PyTorch has no oneDNN')
     assert inference.find_mkldnn() is not None
 
 
 @BOTH
-def test_the_original_stays_as_it_is(pyramid):
+def test_the_original_model_is_not_changed(pyramid):
     model, image = small(pyramid).train(), torch.rand(1, 3, 60, 90)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     frozen = optimize_for_inference(model)
@@ -112,7 +112,7 @@ FORBIDDEN = {
 
 @pytest.mark.parametrize('what', FORBIDDEN)
 @pytest.mark.parametrize('whole', [False, True])
-def test_changes_are_refused(what, whole):
+def test_changes_to_a_frozen_model_raise(what, whole):
     model = nn.Sequential(small(), nn.Identity()) if whole else small()
     frozen = optimize_for_inference(model)
     with pytest.raises(RuntimeError, match='from optimize_for_inference cannot .* call optimize_for_inference again'):
@@ -161,8 +161,8 @@ def test_hooks_are_refused():
         optimize_for_inference(model)
 
 
-def test_unknown_parts_are_left_as_they_are():
-    """Replaced layers are called; only blocks whose parts are all known are optimised."""
+def test_unknown_parts_are_not_optimised():
+    """Replaced layers are called; a block is optimised only if all of its parts are known."""
 
     class Mean(nn.Module):  # looks across tokens: tiles would change the result
         def forward(self, x):
@@ -192,7 +192,7 @@ def test_copies_and_pickles():
         assert all(torch.equal(a, b) for a, b in zip(twin(image), expected, strict=True))
 
 
-def test_traced_and_compiled_code_is_plain():
+def test_traced_and_compiled_code_uses_plain_operators():
     frozen, image = optimize_for_inference(small()), torch.rand(1, 3, 60, 90)
     expected = frozen(image)
     compiled = torch.compile(frozen, backend='aot_eager')

@@ -1,7 +1,7 @@
 """The model behaves like any composition of PyTorch modules, whatever users do to its weights and modules.
 
 Each test changes weights in one of the ways that libraries do, or attaches something to a module, and compares the
-model with a fresh copy, or with mmdet's Swin treated alike.
+model with a fresh copy, or with mmdet's Swin changed in the same way.
 """
 
 import copy
@@ -43,7 +43,7 @@ def evaluate(model):
 
 
 def fresh(model):
-    """A new model with the same weights: nothing that the old one may have kept is in it."""
+    """A new model with the same weights, and without anything that the old one may have cached."""
     pyramid = SwinPyramidV2 if isinstance(model, SwinPyramidV2) else SwinPyramid
     copied = pyramid(**TINY).eval()
     copied.load_state_dict({name: value.detach().clone() for name, value in model.state_dict().items()})
@@ -136,7 +136,7 @@ def test_output_follows_moving_averages_updated_in_evaluation():
 
 
 def test_output_follows_weights_that_another_process_trains():
-    """Memory shared with another process: what it writes leaves no trace in this one but the numbers."""
+    """Memory shared with another process: this one is not notified of writes."""
     model = tiny().share_memory()
     before = evaluate(model)
     context = torch.multiprocessing.get_context('spawn')
@@ -207,8 +207,8 @@ REPARAMETRISED = {
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.parametrize('where', ['attn.qkv', 'attn.proj', 'mlp.fc1', 'mlp.fc2'])
 @pytest.mark.parametrize('what', REPARAMETRISED)
-def test_reparametrised_layers_act_and_train(where, what):
-    """Also after an evaluation; the numbers are those of mmdet's Swin with the same on the same layer."""
+def test_reparametrised_layers_evaluate_and_train_as_in_mmdet(where, what):
+    """Also after an evaluation; outputs equal those of mmdet's Swin with the same reparametrisation."""
     names = {
         'attn.qkv': 'attn.w_msa.qkv',
         'attn.proj': 'attn.w_msa.proj',
@@ -268,8 +268,8 @@ def test_forward_hooks_see_every_module_once_with_whole_maps(pyramid, grad):
 
 @BOTH
 @pytest.mark.parametrize('grad', [False, True])
-def test_values_that_hooks_return_are_used(pyramid, grad):
-    """A hook that flips the channels that a module returns has the effect of a module that does so itself."""
+def test_return_values_of_hooks_are_used(pyramid, grad):
+    """A hook that flips the channels of an output is equivalent to a module that flips them."""
     unchanged = evaluate(tiny(pyramid, num_heads=(2, 4)))
     leaves = [name for name, m in modules_that_are_called(tiny(pyramid)).items() if not [*m.children()]]
     assert len(leaves) > 40
@@ -360,7 +360,7 @@ def test_forward_mode_in_float32(pyramid):
     assert relative_error(tangents, expected) < 1e-4
 
 
-def test_second_derivatives_elsewhere_are_refused_clearly():
+def test_second_derivatives_of_fused_kernels_raise():
     model = tiny()
     (gradient,) = torch.autograd.grad((model(IMAGE)[1] ** 2).sum(), model.patch_embed.proj.weight, create_graph=True)
     with pytest.raises(RuntimeError, match="attention='reference'|_scaled_dot_product"):
@@ -368,7 +368,7 @@ def test_second_derivatives_elsewhere_are_refused_clearly():
 
 
 @pytest.mark.parametrize('attention', ['cpu', 'sdpa'])
-def test_forward_mode_of_a_named_kernel_is_refused_clearly(attention):
+def test_forward_mode_of_a_kernel_chosen_by_name_raises(attention):
     from swin_mm.ops.attention import cpu
 
     if attention == 'cpu' and cpu.unsupported_reason(torch.device('cpu'), torch.float32, 16, False):
@@ -416,7 +416,7 @@ def test_torchao_int8(pyramid):
     assert 1e-5 < error < 0.1
 
 
-def test_a_linear_layer_put_in_place_of_another_is_used():
+def test_a_replaced_linear_layer_is_used():
     model = tiny()
     block = model.layers[0].blocks[1]
     before = evaluate(model)
@@ -458,7 +458,7 @@ def test_copies_and_pickles_are_equal_and_independent(pyramid):
 
 
 def test_registered_backbone_behaves_the_same():
-    """What is tested here on the plain pyramid holds for the type that configs name."""
+    """The properties tested here on the plain pyramid hold for the registered backbone."""
     model = MODELS.build(dict(type='swin_mm.SwinTransformer', **TINY)).eval()
     before = evaluate(model)
     step(torch.optim.AdamW, fused=True)(model)
@@ -467,8 +467,8 @@ def test_registered_backbone_behaves_the_same():
     assert relative_error(evaluate(model), evaluate(twin)) < 1e-6 < relative_error(evaluate(model), before)
 
 
-def test_private_attributes_that_hold_hooks_are_where_they_are_looked_for():
-    """The model asks for hooks by names that PyTorch keeps private."""
+def test_private_hook_attributes_exist():
+    """The model looks for hooks under private names of PyTorch."""
     from swin_mm.models.window_attention import has_hooks
 
     for register in ('forward_hook', 'forward_pre_hook', 'full_backward_hook', 'full_backward_pre_hook'):

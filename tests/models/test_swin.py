@@ -1,4 +1,4 @@
-"""The pyramid: the paper's steps, independence of samples, numerics, export, and every parameter in use."""
+"""The pyramid: the steps of the paper, independent samples, numerics, export, gradients of all parameters."""
 
 import ast
 from pathlib import Path
@@ -20,7 +20,7 @@ def small(pyramid: type[SwinPyramid], **options) -> SwinPyramid:
     return randomise(pyramid(**(SMALL | options)))
 
 
-def test_steps_of_the_paper():
+def test_intermediate_shapes_and_scores_follow_the_paper():
     """Figure 3 and section 3.2 for Swin-T and a 224 x 224 image."""
     model = SwinPyramid().eval()
     plain, shifted = model.layers[0].blocks[:2]
@@ -51,8 +51,8 @@ def test_steps_of_the_paper():
 
 
 @BOTH
-def test_a_shifted_token_sees_exactly_its_own_region(pyramid):
-    """The gradient of one output token of a shifted block reaches the tokens of its shifted window, and no other."""
+def test_a_token_of_a_shifted_window_attends_to_its_region_only(pyramid):
+    """The gradient of one output token of a shifted block reaches the tokens of its region, and no others."""
     model = small(pyramid, window_size=4).double().eval()
     block = model.layers[0].blocks[1]
     x = torch.randn(1, 10, 9, 32, dtype=torch.float64, requires_grad=True)
@@ -67,7 +67,7 @@ def test_a_shifted_token_sees_exactly_its_own_region(pyramid):
 
 
 @BOTH
-def test_samples_do_not_touch_each_other_and_runs_repeat(pyramid):
+def test_samples_are_independent_and_runs_repeat(pyramid):
     model = small(pyramid).eval()
     images = torch.rand(3, 3, 75, 110)
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_autocast_is_finite_at_large_activations(pyramid, attention, dtype):
 @BOTH
 @pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 2, 3), (0, 2), (0,), (3,)])
 @pytest.mark.parametrize('with_cp', [False, True])
-def test_every_parameter_takes_part(pyramid, out_indices, with_cp):
+def test_every_parameter_gets_a_gradient(pyramid, out_indices, with_cp):
     model = small(pyramid, out_indices=out_indices, with_cp=with_cp, use_abs_pos_embed=True).train()
     maps = model(torch.rand(1, 3, 64, 96))
     assert len(maps) == len(out_indices)
@@ -115,8 +115,8 @@ def test_every_parameter_takes_part(pyramid, out_indices, with_cp):
 
 
 @BOTH
-def test_any_size_after_any_other(pyramid):
-    """What a call computes depends on its image alone, and stage sizes are rounded up."""
+def test_output_does_not_depend_on_earlier_calls(pyramid):
+    """The output depends on the image only, and stage sizes are rounded up."""
     model = small(pyramid).eval()
     sizes = [(1, 1), (64, 64), (30, 97), (97, 30), (7, 224)]
     images = [torch.rand(1, 3, *size) for size in sizes]
@@ -138,7 +138,7 @@ def test_state_dict_holds_parameters_only(pyramid):
 
 @BOTH
 def test_exported_graph_takes_any_batch(pyramid):
-    model = small(pyramid).eval()  # at a size of its own: nothing of the trace may stay in the caches
+    model = small(pyramid).eval()  # at a new size: nothing from tracing may remain in the caches
     batch = torch.export.Dim('batch', min=1, max=64)
     exported = torch.export.export(model, (torch.rand(2, 3, 72, 104),), dynamic_shapes=({0: batch},)).module()
     with torch.no_grad():
@@ -166,7 +166,7 @@ def test_windows_per_stage_and_per_axis(pyramid, window_size, windows):
 
 
 @BOTH
-def test_axes_are_not_exchanged(pyramid):
+def test_height_and_width_are_not_swapped(pyramid):
     """A transposed image through the transposed model gives transposed maps."""
     upright = small(pyramid, window_size=(5, 3)).eval()
     lying = small(pyramid, window_size=(3, 5)).eval()
@@ -211,7 +211,7 @@ def test_small_maps_of_a_classifier_shrink_the_window():
 
 
 @BOTH
-def test_a_shrunken_window_equals_a_model_of_that_window(pyramid):
+def test_a_shrunk_window_equals_a_model_with_that_window(pyramid):
     """V1 reads the central part of its tables, V2 the coordinates of the shrunken window."""
     model = small(pyramid, window_size=7, pad_small_map=False, depths=(2,), num_heads=(2,), out_indices=(0,)).eval()
     other = small(pyramid, window_size=5, pad_small_map=False, depths=(2,), num_heads=(2,), out_indices=(0,)).eval()
@@ -245,13 +245,13 @@ def test_drop_path_grows_linearly_over_all_stages_even_unbuilt_ones():
     assert rates == pytest.approx([0.2 * i / 11 for i in range(4)])
 
 
-def test_v2_starts_as_the_identity():
+def test_v2_blocks_are_the_identity_at_initialisation():
     model = SwinPyramidV2().eval()
     x = torch.rand(1, 8, 8, 96)
     assert torch.equal(model.layers[0](x), x)
 
 
-def test_archs_have_heads_of_32():
+def test_archs_have_head_size_32():
     for sizes in ARCHS.values():
         assert {sizes['embed_dims'] * 2**i // heads for i, heads in enumerate(sizes['num_heads'])} == {32}
 
@@ -267,7 +267,7 @@ def test_model_files_are_plain_torch():
                 assert not any(name.split('.')[0].startswith('mm') for name in names), file
 
 
-def test_layers_start_as_in_the_official_code():
+def test_initialisation_is_that_of_the_official_code():
     torch.manual_seed(0)
     model = SwinPyramid(use_abs_pos_embed=True)
     for name, module in model.named_modules():
@@ -278,7 +278,7 @@ def test_layers_start_as_in_the_official_code():
     assert 0.015 < model.absolute_pos_embed.std() < 0.025
 
 
-def test_checkpointing_keeps_less_and_gives_the_same_gradients():
+def test_checkpointing_saves_memory_and_gives_the_same_gradients():
     def kept_and_gradients(with_cp):
         model = small(SwinPyramid, with_cp=with_cp, depths=(1, 1), num_heads=(1, 2), strides=(4, 2), out_indices=(1,))
         storages = {}
@@ -298,7 +298,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients():
 
 @BOTH
 @pytest.mark.parametrize('attention', ['auto', 'reference'])
-def test_shapes_alone_can_be_had_on_the_meta_device(pyramid, attention):
+def test_runs_on_the_meta_device(pyramid, attention):
     with torch.device('meta'):
         model = pyramid(**SMALL, attention=attention)
         for mode in (True, False):

@@ -1,4 +1,4 @@
-"""What the whole-model comparisons do not reach in attention."""
+"""Properties of attention that comparisons of whole models do not cover."""
 
 import math
 
@@ -9,7 +9,7 @@ from swin_mm.ops.attention.reference import split_heads
 from swin_mm.ops.windows import log_spaced_offsets
 
 
-def test_v2_limits_its_scale_and_measures_directions_alone():
+def test_v2_clamps_its_scale_and_normalises_queries_and_keys():
     attention = WindowAttentionV2(64, (4, 4), 2)
     with torch.no_grad():
         attention.logit_scale.copy_(torch.tensor([math.log(7.0), 6.0]).view(2, 1, 1))
@@ -36,7 +36,7 @@ def test_v2_bias_is_bounded_and_zero_offset_has_coordinate_zero():
     assert bias.min() >= 0 and bias.max() <= 16 and bias.max() > 15.9
 
 
-def test_weights_are_dropped_in_training_only():
+def test_dropout_acts_in_training_only():
     for kind in (WindowAttention, WindowAttentionV2):
         attention = kind(64, (4, 4), 2, attn_drop=0.5, proj_drop=0.5)
         x = torch.randn(3, 8, 4, 64)

@@ -87,7 +87,7 @@ def test_pretrain_img_size_in_every_spelling(size):
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
 @pytest.mark.parametrize('with_cp', [False, True])
 @BOTH
-def test_freezing_acts_from_construction_and_survives_train(backbone, frozen_stages, with_cp):
+def test_stages_are_frozen_at_construction_and_stay_frozen(backbone, frozen_stages, with_cp):
     model = backbone(
         **(SMALL | {'drop_path_rate': 0.5, 'drop_rate': 0.5}),
         frozen_stages=frozen_stages,
@@ -238,7 +238,7 @@ def test_detector_checkpoints_load_with_the_backbone_inside(tmp_path, loader):
     assert state.keys() == before.keys()
 
 
-def test_part_of_a_backbone_is_not_a_backbone(tmp_path):
+def test_partial_backbone_checkpoints_are_reported(tmp_path):
     """torch raises, and mmengine's loader, which lets anything pass, leaves a report for CompleteBackboneHook."""
     whole = {k: v for k, v in Detector().state_dict().items() if k != 'backbone.layers.2.blocks.1.mlp.fc1.bias'}
     backbone = {k.removeprefix('backbone.'): v for k, v in whole.items()}
@@ -264,7 +264,7 @@ def state_file(state: dict, tmp_path) -> str:
 
 
 @BOTH
-def test_init_cfg_loads_a_part_where_that_is_asked_for(backbone, tmp_path):
+def test_init_cfg_loads_part_of_a_backbone_with_strict_false(backbone, tmp_path):
     state = randomise(backbone(**SMALL)).state_dict()
     del state['layers.0.blocks.0.norm1.weight']
     file = save(tmp_path / 'part.pth', state)
@@ -277,7 +277,7 @@ def test_init_cfg_loads_a_part_where_that_is_asked_for(backbone, tmp_path):
 
 
 @BOTH
-def test_copies_load_for_themselves(backbone):
+def test_copies_load_independently(backbone):
     """Copies, as moving averages make them, convert and keep their own weights."""
     model = randomise(backbone(**SMALL))
     average = ExponentialMovingAverage(model)

@@ -1,4 +1,4 @@
-"""Windows: round trips, and who sees whom."""
+"""Windows: partition and reverse, indices, and the mask."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ SIZES = [(56, 56), (7, 7), (1, 1), (5, 20), (20, 5), (13, 84), (14, 7)]
 
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('window, shift', [((7, 7), (0, 0)), ((7, 7), (3, 3)), ((4, 6), (2, 3)), ((4, 6), (0, 5))])
-def test_from_windows_undoes_to_windows(size, window, shift):
+def test_window_reverse_undoes_window_partition(size, window, shift):
     x = torch.randn(3, *size, 2)
     windows = window_partition(x, window, shift)
     Hp, Wp = padded_size(size, window)
@@ -32,7 +32,7 @@ def test_from_windows_undoes_to_windows(size, window, shift):
 @pytest.mark.parametrize('size', SIZES)
 @pytest.mark.parametrize('window, shift', [((7, 7), (0, 0)), ((7, 7), (3, 3)), ((4, 6), (2, 3)), ((4, 6), (0, 5))])
 @pytest.mark.parametrize('traced', [False, True])
-def test_by_index_equals_the_definition_and_so_do_gradients(size, window, shift, traced, monkeypatch):
+def test_gather_and_scatter_equal_partition_and_reverse_with_gradients(size, window, shift, traced, monkeypatch):
     monkeypatch.setattr(windows_module, 'tracing', lambda: traced)
     x, pad = torch.randn(3, *size, 2, requires_grad=True), torch.randn(2, requires_grad=True)
     expected = window_partition(x, window, shift, pad)
@@ -64,7 +64,7 @@ def test_windows_are_cut_in_reading_order_after_shift_and_padding():
 @pytest.mark.parametrize(
     'size, window, shift', [((14, 21), (7, 7), (3, 3)), ((9, 5), (4, 4), (2, 2)), ((6, 6), (3, 2), (1, 0))]
 )
-def test_tokens_see_their_own_region_only(size, window, shift):
+def test_mask_separates_the_regions_of_a_window(size, window, shift):
     """By the definition: two tokens of a shifted window belong together if they are neighbours on the padded map."""
     Hp, Wp = padded_size(size, window)
     y, x = torch.meshgrid(torch.arange(Hp), torch.arange(Wp), indexing='ij')
@@ -75,7 +75,7 @@ def test_tokens_see_their_own_region_only(size, window, shift):
     assert torch.equal(mask, (1 - together) * MASKED)
 
 
-def test_mask_is_built_once_and_outlives_inference_mode():
+def test_mask_is_cached_and_usable_after_inference_mode():
     with torch.inference_mode():
         first = region_mask((9, 10), (4, 4), (2, 2), CPU)
     assert region_mask((9, 10), (4, 4), (2, 2), CPU) is first

@@ -26,7 +26,7 @@ def inputs(dtype: torch.dtype, size, window, cosine: bool = False) -> list:
 
 
 def by_hand(qkv, pad, bias, window, shift, scale):
-    """One token after the other, in float64, by where tokens lie on the padded map."""
+    """Attention token by token, in float64, from the positions of tokens on the padded map."""
     qkv, pad, bias = qkv.double(), pad.double(), bias.double()
     B, H, W, _ = qkv.shape
     Hp, Wp = -(-H // window[0]) * window[0], -(-W // window[1]) * window[1]
@@ -34,7 +34,7 @@ def by_hand(qkv, pad, bias, window, shift, scale):
     def token(b, y, x):
         return (qkv[b, y, x] if y < H and x < W else pad).view(3, HEADS, DIM)
 
-    def region(y, x):  # tokens of a window belong together if the shift has not brought them round the edge
+    def region(y, x):  # tokens of a window share a region unless the cyclic shift has wrapped one of them around
         return y < shift[0], x < shift[1]
 
     images = []
@@ -67,4 +67,4 @@ def check(actual, expected, limit):
 def gradients(out, tensors):
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
-    return torch.autograd.grad((out * weight).sum(), tensors, materialize_grads=True)  # a map may need no padding
+    return torch.autograd.grad((out * weight).sum(), tensors, materialize_grads=True)  # some maps need no padding

@@ -1,4 +1,4 @@
-"""A model and data for mmengine alone, in fp64: what several processes learn can be compared to the last digits."""
+"""A model and data for mmengine alone, in fp64, so that results of several processes agree to rounding."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ model = dict(type='Toy', backbone=backbone)
 train_dataloader = dict(
     batch_size=4, num_workers=0, dataset=dict(type='ToyData'), sampler=dict(type='DefaultSampler', shuffle=False),
     collate_fn=dict(type='default_collate'))
-# Without a scale of its own, as AdamW has it, gradients that are too small or too large show.
+# SGD, because AdamW would normalise gradients and so hide a wrong scale.
 optim_wrapper = dict(
     type='OptimWrapper', optimizer=dict(type='SGD', lr=0.5, momentum=0.9), clip_grad=dict(max_norm=0.05),
     paramwise_cfg=dict(custom_keys={{'layers.0.blocks.0.norm1': dict(lr_mult=0.0)}}))
@@ -41,7 +41,7 @@ def write_config(folder: Path, *bases: Path) -> Path:
 
 @DATASETS.register_module()
 class ToyData(torch.utils.data.Dataset):
-    """Twelve images, each with a number to tell."""
+    """Twelve images, each with a number to predict."""
 
     def __len__(self) -> int:
         return 12

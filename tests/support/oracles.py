@@ -13,13 +13,13 @@ SMALL = {'embed_dims': 32, 'depths': (2, 2, 2, 2), 'num_heads': (1, 2, 4, 8), 'd
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give every parameter values that matter: no zero bias, no norm of one, no empty table."""
+    """Give every parameter a random value that affects the output: no zero biases, unit norms or zero tables."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim == 1:
-                parameter.copy_(0.1 * noise + name.endswith('weight'))  # the norms' weights lie around one
+                parameter.copy_(0.1 * noise + name.endswith('weight'))  # weights of norms are close to one
             elif 'logit_scale' in name:
                 parameter.copy_(math.log(10) + 0.1 * noise)
             else:

@@ -1,4 +1,4 @@
-"""Running functions and tools in processes of their own, which end by the signal or exit code that is tested.
+"""Running functions and tools in separate processes, whose signal or exit code is tested.
 
 The processes are forked from this one, which has imported everything.
 """
@@ -28,7 +28,7 @@ def preload(task: str) -> None:
 
 
 def in_processes(*calls: tuple) -> list[int | None]:
-    """Run each (function, *arguments) in a process of its own; their exit codes when all are done."""
+    """Run each (function, *arguments) in a separate process, and return the exit codes when all have ended."""
     processes = [multiprocessing.get_context('fork').Process(target=_in_process, args=call) for call in calls]
     for process in processes:
         process.start()
@@ -45,7 +45,7 @@ def _in_process(function: Callable, *arguments: Any) -> None:
 
 
 def run_main(tool: str, *arguments: object) -> None:
-    """Run the main function of a tool and exit as it does; for ``in_processes``."""
+    """Run the main function of a tool and exit with its exit code; for ``in_processes``."""
     sys.argv = [f'{tool}.py', *map(str, arguments)]
     module = TOOLS[tool]
     sys.exit(cli.run(module.main, module.parse_args()))

@@ -43,7 +43,7 @@ class Reference:
         model: that library's model in evaluation, its weights from :func:`oracles.randomise`.
         state: its weights as that library's files hold them.
         features: the map of each stage before merging and output norm, image (B, 3, H, W) -> 4 x (B, C, h, w).
-        classify: the last map, normed, as the head takes it, (B, 3, H, W) -> (B, C, h, w); None where there is no norm.
+        classify: the normed last map, as passed to the head, (B, 3, H, W) -> (B, C, h, w); None where there is no norm.
         pad_small_map: what our backbone needs to do the same on a map no larger than the window.
     """
 
@@ -81,7 +81,7 @@ def reference(library: str, version: int, arch: str = 't', window: int = 7, imag
 
 
 class NoRandomStart(TorchFunctionMode):
-    """Zeros instead of random numbers, which take long and are replaced anyway."""
+    """Zeros instead of random initial values, which are slow to draw and replaced anyway."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, '__name__', '') in ('normal_', 'uniform_'):
@@ -90,7 +90,7 @@ class NoRandomStart(TorchFunctionMode):
 
 
 def _outputs(model: nn.Module, parts: list[nn.Module], image: Tensor) -> list[Tensor]:
-    """What these parts of the model give as (B, C, h, w)."""
+    """The outputs of these parts of the model, as (B, C, h, w)."""
     outputs: list[Any] = []
     hooks = [part.register_forward_hook(lambda _module, _args, output: outputs.append(output)) for part in parts]
     try:
@@ -217,7 +217,7 @@ def _transformers(kind: str, version: int, sizes: dict, window: int, image_size:
 
 
 def _saved(model: Any) -> dict[str, Tensor]:
-    """What the library writes for a model, which it names differently in memory."""
+    """The state dict that the library saves for a model; its keys differ from those in memory."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The references themselves: what they call features and state belongs together."""
+"""The reference models: their features belong to their state dicts."""
 
 import sys
 

@@ -74,7 +74,7 @@ def command(tool: str, *arguments: object) -> list[str]:
 
 
 def run_tool(tool: str, *arguments: object, cwd: Path, timeout: int = 300) -> str:
-    """Run ``python tools/TOOL.py ARGUMENTS`` as a user does; what it printed."""
+    """Run ``python tools/TOOL.py ARGUMENTS`` as a user does, and return the output."""
     done = subprocess.run(
         command(tool, *arguments), cwd=cwd, text=True, capture_output=True, timeout=timeout, check=False
     )
@@ -141,6 +141,6 @@ class Bomb:
 
 
 def last_checkpoint(work_dir: Path) -> Path:
-    """The one that training has left (there is only one)."""
+    """The checkpoint that training has left (there is only one)."""
     (path,) = work_dir.glob('*_[0-9]*.pth')
     return path

@@ -1,4 +1,4 @@
-"""Every kernel equals the definition, forward and backward."""
+"""Every kernel equals the reference, forward and backward."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from swin_mm.ops.attention import KERNELS, get_kernel, reference
 
 @pytest.mark.parametrize('cosine', [False, True])
 @pytest.mark.parametrize('size, window, shift', LAYOUTS[:4])
-def test_the_definition_by_hand(size, window, shift, cosine):
+def test_reference_equals_a_token_by_token_computation(size, window, shift, cosine):
     qkv, pad, bias, scale = inputs(torch.float64, size, window, cosine)
     out = reference.attention(qkv, pad, bias, window, shift, scale)
     check([out], [by_hand(qkv, pad, bias, window, shift, scale)], 1e-12)

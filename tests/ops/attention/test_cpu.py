@@ -1,4 +1,4 @@
-"""The CPU kernel against the definition in fp64, for each set of instructions it is built for."""
+"""The CPU kernel against the reference in fp64, for each instruction set that it is built for."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ WINDOWS = [*LAYOUTS, ((15, 20), (7, 7), (3, 3)), ((13, 13), (12, 12), (6, 6)), (
 def build(request, monkeypatch):
     """One of the builds that this processor can run."""
     if CAPABILITIES.index(request.param) > CAPABILITIES.index(HERE):
-        pytest.skip(f'{HERE} is all this processor has')
+        pytest.skip(f'this processor supports {HERE} only')
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: request.param)
     if cpu.unsupported_reason(torch.device('cpu'), torch.float32, 8, False):
         pytest.skip('not compiled')
@@ -42,7 +42,7 @@ def test_equals_the_definition_forward_and_backward(build, dtype, limit, size, w
 
 
 @pytest.mark.parametrize('heads, dim', [(3, 32), (1, 5), (2, 50)])
-def test_any_size_of_heads(build, heads, dim):
+def test_any_head_size(build, heads, dim):
     qkv, pad, bias = (torch.randn(s) for s in ((2, 9, 10, 3 * heads * dim), (3 * heads * dim,), (heads, 12, 12)))
     arguments = qkv, pad, bias, (3, 4), (1, 2), 0.3
     check(
@@ -51,7 +51,7 @@ def test_any_size_of_heads(build, heads, dim):
 
 
 def test_extreme_scores(build):
-    """As reference.py has them: one key takes all, others underflow, nothing is infinite."""
+    """As in reference.py: one key gets all of the weight, others underflow, and nothing is infinite."""
     qkv, pad, bias, scale = inputs(torch.float32, (5, 7), (2, 3))
     qkv = qkv.detach() * torch.tensor([3e3, 3e3, 1.0]).repeat_interleave(16)
     arguments = qkv, pad, bias, (2, 3), (1, 1), scale
@@ -114,7 +114,7 @@ def test_operator_passes_opcheck(cosine):
     )
 
 
-def test_auto_takes_it_where_it_is_supported(monkeypatch, caplog):
+def test_auto_chooses_the_cpu_kernel_where_it_is_supported(monkeypatch, caplog):
     tensors = inputs(torch.float32, (5, 7), (2, 3))
     arguments = *tensors[:3], (2, 3), (1, 1), tensors[3]
     assert torch.equal(get_kernel('auto')(*arguments), cpu.attention(*arguments))
@@ -139,7 +139,7 @@ def test_next_build_is_used_where_the_best_is_missing(monkeypatch):
     assert [name.rpartition('_')[2] for name in tried] == ['avx512', 'avx2'] and 'avx2' in library._name
 
 
-def test_exported_code_does_not_depend_on_it():
+def test_exported_code_does_not_use_the_cpu_kernel():
     qkv, pad, bias, scale = (
         t if not isinstance(t, torch.Tensor) else t.detach() for t in inputs(torch.float32, (4, 6), (2, 3))
     )
@@ -176,8 +176,8 @@ print('survived')
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='limits the address space by RLIMIT_AS')
-def test_shortage_of_memory_is_an_exception():
-    """Forward and backward at rising limits: each call either succeeds or raises, and the process lives on."""
+def test_running_out_of_memory_raises():
+    """Forward and backward at rising limits: each call either succeeds or raises, and the process survives."""
     if cpu.unsupported_reason(torch.device('cpu'), torch.float32, 32, False):
         pytest.skip('not compiled')
     environment = {**os.environ, 'MALLOC_ARENA_MAX': '1'}

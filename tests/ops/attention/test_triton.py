@@ -98,8 +98,8 @@ def test_lower_precision(name, dtype, limit, cosine, monkeypatch):
     assert_equals_definition(LAYOUTS[name], monkeypatch, limit, dtype, cosine)
 
 
-def test_keys_of_padding_without_bias_have_no_direction(monkeypatch):
-    """V2's keys have no bias: a key of length 0 stays 0 and does not turn anything into nan."""
+def test_zero_length_padding_keys_give_no_nan(monkeypatch):
+    """V2's keys have no bias: a key of length 0 is normalised to 0 and gives no NaN."""
     args = inputs(LAYOUTS['window beyond the map'], torch.float32, True)
     with torch.no_grad():
         args[1].view(3, -1)[1] = 0
@@ -124,8 +124,8 @@ def test_runs_repeat_bit_for_bit(name, monkeypatch):
 
 
 @pytest.mark.parametrize('cosine', [False, True], ids=['V1', 'V2'])
-def test_operators_keep_the_rules_of_torch(cosine):
-    """Shapes and types without data are right, and inputs stay as they are."""
+def test_operators_pass_opcheck(cosine):
+    """Fake tensors have the right shapes and dtypes, and inputs are not changed."""
     qkv, pad, bias, window, shift, scale = inputs(LAYOUTS['window beyond the map'], torch.float32, cosine)
     factor = 1.0 if cosine else scale
     args = (qkv, pad, bias, scale if cosine else None, factor, list(window), list(shift))
@@ -144,7 +144,7 @@ def test_compiles_in_one_graph_for_all_sizes():
     assert graphs[0] == graphs[1]
 
 
-def test_refusals_say_why(monkeypatch):
+def test_unsupported_inputs_give_a_reason(monkeypatch):
     args = inputs(LAYOUTS['no shift'])[:3]
     assert refusal(*args) is None
     assert refusal(*args, dropout=True) == 'it has no dropout'
@@ -154,7 +154,7 @@ def test_refusals_say_why(monkeypatch):
     assert refusal(args[0].cpu(), *args[1:]) == 'it does not run on cpu'
 
 
-def test_the_kernel_by_name_is_it_or_an_error():
+def test_a_kernel_chosen_by_name_runs_or_raises():
     args = inputs(LAYOUTS['7x7'])
     assert torch.equal(get_kernel('triton')(*args), kernel.attention(*args))
     with pytest.raises(RuntimeError, match="float64; use attention='auto' or 'reference'"):
@@ -197,7 +197,7 @@ for kernel, values, constants in launches:
 
 
 def test_kernels_compile_for_gpus():
-    """Neither needs a GPU: importing the module without Triton, and compiling what the interpreter may be lax about."""
+    """Importing without Triton works, and the kernels compile for GPUs, which the interpreter does not check."""
     done = subprocess.run(
         [sys.executable, '-c', COMPILE],
         env=os.environ | {'TRITON_INTERPRET': '0'},
