@@ -88,7 +88,7 @@ def exit_code_in_a_fork(function):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def test_a_closed_standard_output_gets_into_no_file(parse, tmp_path):
+def test_a_closed_standard_output_does_not_write_into_files(parse, tmp_path):
     args = parse('')
 
     def main(_):
@@ -104,7 +104,7 @@ def test_a_closed_standard_output_gets_into_no_file(parse, tmp_path):
     assert (tmp_path / 'log').read_text() == ''
 
 
-def test_a_reader_that_has_ended_is_no_error(parse, capfd):
+def test_a_closed_pipe_is_not_an_error(parse, capfd):
     args = parse('')
     reader, writer = os.pipe()
     os.close(reader)

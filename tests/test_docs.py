@@ -128,7 +128,7 @@ def each(pieces: list[Piece]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize('piece', marked)
 
 
-def test_every_block_is_known():
+def test_every_code_block_has_a_known_kind():
     for language, block in blocks():
         assert language in ('', 'sh', 'python', 'text'), block
         if not language:

@@ -5,7 +5,7 @@ metainfo = dict(classes=('wall', 'floor', 'door'), palette=[[200, 80, 80], [80, 
 zero_is_void = True  # masks: 0 is unlabelled and classes count from 1; False: the first class is 0 (255 is unlabelled)
 crop = 512  # pixels, a multiple of 32; images are resized to this short side
 batch_size = 4
-iterations = 8000  # about 50 times over the training images: 50 * images / batch_size
+iterations = 8000  # about 50 epochs: 50 * images / batch_size
 
 data = dict(type='BaseSegDataset', data_root='data/custom', metainfo=metainfo, reduce_zero_label=zero_is_void)
 train_pipeline, test_pipeline = _base_.train_pipeline, _base_.test_pipeline

@@ -1,4 +1,4 @@
-"""Figures of attention: values against the definition, and where things are drawn."""
+"""Figures of attention: values compared with the reference, and positions in the figures."""
 
 from contextlib import contextmanager
 

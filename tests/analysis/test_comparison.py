@@ -1,4 +1,4 @@
-"""Which predictions count as right, and that the colours say so without hiding the photograph."""
+"""Which predictions count as right, and how pictures show it."""
 
 import numpy as np
 import pytest

@@ -32,14 +32,14 @@ EXPECTED = r'note: (schedule|padding): |note: unlabelled pixels: train: \d\d'
 
 @pytest.fixture
 def own(data, tmp_path):
-    """A copy of the tiny data to spoil."""
+    """A copy of the tiny data set, to be damaged by a test."""
     shutil.copytree(data, tmp_path / 'data')
     return tmp_path / 'data'
 
 
 @pytest.fixture
 def check(own, tmp_path):
-    """What is found in the tiny data, after a change of the config's text."""
+    """The findings in the tiny data set, after a change of the config's text."""
 
     def call(task, change='', parts=('train', 'val')):
         path = make_tiny(task, own, tmp_path).config

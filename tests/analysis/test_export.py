@@ -132,7 +132,7 @@ def test_any_backbone(tmp_path):
     assert torch.equal(load_file(tmp_path / 'resnet.safetensors')['conv1.weight'], model.state_dict()['conv1.weight'])
 
 
-def test_a_wrong_weight_is_seen_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_wrong_weight_is_detected_and_nothing_is_written(tmp_path, monkeypatch):
     config, checkpoint, _ = make(tmp_path, **VARIANTS['v1'])
     load = torch.jit.load
 

@@ -1,4 +1,4 @@
-"""Taking checkpoints apart, and writing them in any naming."""
+"""Recognising checkpoints, and converting them to any naming."""
 
 import functools
 import re
@@ -45,7 +45,7 @@ def exact(state: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize('target', TARGETS)
 @pytest.mark.parametrize('source', CLASSIFIERS)
 @pytest.mark.parametrize('version', [1, 2])
-def test_classifiers_there_and_back_are_exact(source, version, target):
+def test_converting_classifiers_there_and_back_is_exact(source, version, target):
     state = classifier(source, version).state
     if (source, version) == ('torchvision', 2):
         state = without_key_bias(state)
@@ -61,7 +61,7 @@ def test_classifiers_there_and_back_are_exact(source, version, target):
 
 
 @pytest.mark.parametrize('target', ['official', 'mmseg', 'mmpretrain', 'transformers', 'swin_mm'])
-def test_dense_backbones_there_and_back_are_exact(target):
+def test_converting_dense_backbones_there_and_back_is_exact(target):
     state = {f'backbone.{k}': v for k, v in classifier('mmdet', 1).state.items()}
     there, _ = convert(parse(state), target)
     assert not any(key.startswith('norm.') for key in parse(unwrap(there)).state)
@@ -69,7 +69,7 @@ def test_dense_backbones_there_and_back_are_exact(target):
     assert exact({f'backbone.{key.removeprefix("backbone.")}': value for key, value in back.items()}, state)
 
 
-def test_whole_detectors_keep_their_other_parts_where_the_target_has_detectors():
+def test_detectors_keep_their_other_parts_if_the_target_has_detectors():
     state = {f'backbone.{k}': v for k, v in classifier('mmdet', 1).state.items()} | {'neck.w': torch.ones(2)}
     there, dropped = convert(parse(state), 'official')
     assert not dropped
@@ -101,7 +101,7 @@ def test_position_embeddings_are_flat_where_the_library_has_them_flat():
 @pytest.mark.parametrize('source', CLASSIFIERS)
 @pytest.mark.parametrize('version', [1, 2])
 @torch.no_grad()
-def test_what_is_written_loads_in_its_library(source, target, version):
+def test_converted_checkpoints_load_in_the_target_library(source, target, version):
     if (target, version) == ('mmdet', 2):
         return
     theirs, other = classifier(source, version), classifier(target, version)
@@ -127,7 +127,7 @@ def test_what_is_written_loads_in_its_library(source, target, version):
 
 
 @pytest.mark.parametrize('version, window, size', [(1, 7, 224), (1, 12, 384), (2, 8, 256), (2, 16, 256)])
-def test_official_classifiers_get_every_buffer_that_strict_loading_wants(version, window, size):
+def test_official_classifiers_get_every_buffer_for_strict_loading(version, window, size):
     """The masks are those that timm's model computes, block by block."""
     official = reference('official', version, 't', window, size)
     theirs = reference('timm', version, 't', window, size)
@@ -147,7 +147,7 @@ def test_official_classifiers_get_every_buffer_that_strict_loading_wants(version
 
 
 @pytest.mark.parametrize('version', [1, 2])
-def test_files_say_what_they_are(version):
+def test_version_size_and_windows_are_recognised(version):
     for library in ('official', 'timm', 'transformers'):
         contents = parse(classifier(library, version).state)
         told = version == 1 or library == 'official'
@@ -161,7 +161,7 @@ def test_files_say_what_they_are(version):
 
 @pytest.mark.parametrize('windows', [(16, 16, 16, 8), (24, 24, 24, 12)])
 @pytest.mark.parametrize('pretrained', [(0, 0, 0, 0), (12, 12, 12, 6)])
-def test_v2_tables_tell_the_windows_of_pre_training(windows, pretrained):
+def test_pretraining_windows_are_read_from_v2_coordinate_tables(windows, pretrained):
     state = dict(classifier('timm', 2).state)
     for i, (w, p) in enumerate(zip(windows, pretrained, strict=True)):
         axis = torch.arange(1 - w, w) / ((p or w) - 1) * 8
@@ -180,6 +180,6 @@ RELATIVES = {
 
 
 @pytest.mark.parametrize('relative', RELATIVES)
-def test_published_relatives_are_refused_by_name(relative):
+def test_related_architectures_are_rejected_by_name(relative):
     with pytest.raises(CheckpointError, match=relative):
         parse(swin_mm.SwinTransformer(**SMALL).state_dict() | RELATIVES[relative])

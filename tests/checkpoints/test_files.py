@@ -136,7 +136,7 @@ def same(ours, theirs) -> bool:
 
 
 @pytest.mark.parametrize('form', ['zip', 'older'])
-def test_content_is_what_torch_reads(tmp_path, form):
+def test_content_equals_that_of_torch_load(tmp_path, form):
     net = torch.nn.BatchNorm1d(3)
     optimizer = torch.optim.AdamW(net.parameters())
     net(torch.rand(4, 3)).sum().backward()
@@ -442,7 +442,7 @@ def test_each_address_is_downloaded_once(site):
         read_checkpoint(f'{site}/absent.pth')
 
 
-def test_half_downloads_are_not_kept(site, tmp_path):
+def test_incomplete_downloads_are_not_kept(site, tmp_path):
     Site.files, Site.cut = {'/swin.pth': content_of(1)}, {'/swin.pth'}
     with pytest.raises(CheckpointError, match=r'broke off after [\d,]+ of [\d,]+ bytes; nothing was kept'):
         read_checkpoint(f'{site}/swin.pth')

@@ -166,7 +166,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize('kind', HOSTILE)
-def test_small_files_stay_small(tmp_path, kind):
+def test_small_files_use_little_memory_and_time(tmp_path, kind):
     make, opens = HOSTILE[kind]
     file = tmp_path / 'hostile.pth'
     file.write_bytes(make())
@@ -206,7 +206,7 @@ STATES = {
 
 
 @pytest.mark.parametrize('kind', STATES)
-def test_keys_and_shapes_do_not_decide_over_time_and_memory(kind):
+def test_keys_and_shapes_cannot_exhaust_time_or_memory(kind):
     state = STATES[kind]()
     model = swin_mm.SwinTransformer(**SMALL, use_abs_pos_embed=True)
     size = sum(len(key) + value.nbytes for key, value in state.items())
@@ -216,7 +216,7 @@ def test_keys_and_shapes_do_not_decide_over_time_and_memory(kind):
 
 
 @pytest.mark.parametrize('target', ['official', 'torchvision'])
-def test_conversions_write_no_tables_much_larger_than_the_weights(target):
+def test_conversions_reject_tables_much_larger_than_the_weights(target):
     state = swin_mm.SwinTransformer(**SMALL, window_size=7).state_dict()
     table = 'layers.0.blocks.0.attn.relative_position_bias_table'
     state = state | {key.replace('norm3', 'norm'): value for key, value in state.items() if 'norm3' in key}
@@ -227,7 +227,7 @@ def test_conversions_write_no_tables_much_larger_than_the_weights(target):
         convert(parse(state), target)
 
 
-def test_visitors_of_the_content_end(tmp_path):
+def test_unwrap_terminates_on_cyclic_content(tmp_path):
     """unwrap looks for a state dict in content that refers to itself."""
     content: dict = {'w': torch.ones(1)}
     content['model'] = content

@@ -74,7 +74,7 @@ def test_classifier_loads_strictly_with_its_leftovers_accounted_for(model):
     ]
 
 
-def test_a_model_that_ends_like_a_classifier_takes_its_norm(model):
+def test_a_model_with_only_the_last_output_takes_a_classifiers_norm(model):
     state = classifier(model)
     last = swin_mm.SwinTransformer(**SMALL, out_indices=(3,))
     last.load_state_dict(state)
@@ -113,20 +113,20 @@ def test_unknown_keys_of_the_backbone_are_refused(model):
     assert result.unexpected_keys == ['layers.0.blocks.0.attn.extra']
 
 
-def test_half_of_joined_parts_is_not_taken_for_the_whole():
+def test_query_without_key_and_value_counts_as_missing_qkv():
     state = {k.replace('qkv', 'query'): v for k, v in swin_mm.SwinTransformer(**SMALL).state_dict().items()}
     with pytest.raises(CheckpointError, match=r'layers.0.blocks.0.attn.qkv.weight is missing'):
         adapt(state, swin_mm.SwinTransformer(**SMALL))
 
 
-def test_some_of_our_own_keys_load_alone(model):
+def test_part_of_our_own_keys_loads(model):
     other = swin_mm.SwinTransformer(**SMALL)
     other.load_state_dict({'norm1.bias': torch.full((64,), 7.0)}, strict=False)
     assert (other.norm1.bias == 7).all()
 
 
 @pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'model': s}, lambda s: {'state_dict': s, 'meta': {}}])
-def test_wrappers_are_taken_off(model, wrap):
+def test_state_dicts_are_unwrapped(model, wrap):
     assert unwrap(wrap(model.state_dict())).keys() == model.state_dict().keys()
 
 
@@ -151,13 +151,13 @@ def test_other_architectures_are_refused_with_what_to_do(model):
         adapt(wide, model)
 
 
-def test_nothing_that_fits_is_an_error_even_without_strictness(model):
+def test_unrelated_checkpoints_raise_even_with_strict_false(model):
     other = swin_mm.SwinTransformer(embed_dims=48, depths=(2, 2), num_heads=(3, 6), strides=(4, 2), out_indices=(0, 1))
     with pytest.raises(CheckpointError, match='of a Swin V1 with embed_dims=48'):
         model.load_state_dict(other.state_dict(), strict=False)
 
 
-def test_published_sizes_are_told_apart():
+def test_published_sizes_are_distinguished():
     with torch.device('meta'):
         small, large = swin_mm.SwinTransformer(arch='t'), swin_mm.SwinTransformer(arch='s')
         second = swin_mm.SwinTransformerV2(arch='t')
@@ -170,7 +170,7 @@ def test_published_sizes_are_told_apart():
         adapt(second.state_dict(), small)
 
 
-def test_nothing_is_dropped_silently_without_strictness(model):
+def test_nothing_is_dropped_silently_with_strict_false(model):
     state = model.state_dict()
     del state['layers.1.blocks.0.mlp.fc1.bias']
     state['layers.1.blocks.0.mlp.fc2.bias'] = torch.rand(3)
@@ -201,7 +201,7 @@ def test_tables_are_resized_bicubically_to_any_window(model, window):
     assert torch.equal(ours[TABLE], expected.view(-1, 1))
 
 
-def test_tables_of_rectangles_fit_their_own_window_only():
+def test_rectangular_tables_fit_only_their_own_window():
     wide = randomise(swin_mm.SwinTransformer(**SMALL, window_size=(5, 9)))
     same_window = swin_mm.SwinTransformer(**SMALL, window_size=(5, 9))
     same_window.load_state_dict(wide.state_dict())
@@ -268,7 +268,7 @@ def test_larger_patches_embed_enlarged_patches_alike(model):
     torch.testing.assert_close(embedded(smaller, even[..., :2, :2]), embedded(model, even), rtol=0.1, atol=0.1)
 
 
-def test_v2_windows_that_differ_from_the_weights_are_pointed_out():
+def test_differing_v2_windows_give_a_note():
     theirs = reference('official', 2, 't', 8, 256)
     other = swin_mm.SwinTransformerV2(arch='t', window_size=16)
     other.load_state_dict(theirs.state)
@@ -296,7 +296,7 @@ def test_files_that_give_one_parameter_twice_are_refused(model):
         adapt(state, model)
 
 
-def test_states_of_the_last_output_alone_load_into_more_outputs(model):
+def test_state_of_a_model_with_one_output_loads_into_one_with_four(model):
     last = randomise(swin_mm.SwinTransformer(**SMALL, out_indices=(3,)))
     ours, report = adapt(last.state_dict(), model)
     assert torch.equal(ours['norm3.weight'], last.norm3.weight)
@@ -304,7 +304,7 @@ def test_states_of_the_last_output_alone_load_into_more_outputs(model):
 
 
 @pytest.mark.parametrize('state', [{}, {'layers.0.blocks.0.norm1.bias': torch.full((32,), 7.0)}])
-def test_parts_load_where_strictness_is_not_asked_for(model, state):
+def test_partial_states_load_with_strict_false(model, state):
     other = swin_mm.SwinTransformer(**SMALL)
     result = other.load_state_dict(state, strict=False)
     assert len(result.missing_keys) == len(model.state_dict()) - len(state)
@@ -315,7 +315,7 @@ def test_parts_load_where_strictness_is_not_asked_for(model, state):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_low_precision_is_resized_in_full(model, dtype):
+def test_low_precision_weights_are_resized_in_fp32(model, dtype):
     state = {key: value.to(dtype) for key, value in model.state_dict().items()}
     larger = swin_mm.SwinTransformer(**SMALL, window_size=12)
     low, _ = adapt(state, larger)
@@ -323,7 +323,7 @@ def test_low_precision_is_resized_in_full(model, dtype):
     assert torch.equal(low[TABLE], full[TABLE])
 
 
-def test_odd_states_end_in_one_clear_error(model):
+def test_malformed_states_raise_one_clear_error(model):
     around: dict = {'w': torch.ones(1)}
     around['model'] = around
     assert unwrap(around).keys() == {'w', 'model'}
@@ -353,7 +353,7 @@ def test_weights_must_be_floating_point(model, dtype):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_weights_that_are_not_finite_are_pointed_out(model, value):
+def test_non_finite_weights_give_a_warning(model, value):
     state = model.state_dict() | {'norm1.weight': torch.full((64,), value)}
     _, report = adapt(state, model)
     assert report.notes == ['WARNING: 1 of the parameters have NaN or infinite values: norm1.weight']

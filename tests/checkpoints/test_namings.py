@@ -105,7 +105,7 @@ def merged_otherwise(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize('corrupt', [swapped, transposed, merged_otherwise], ids=lambda f: f.__name__)
-def test_wrong_conversions_would_be_seen(published, corrupt):
+def test_the_feature_comparison_detects_wrong_conversions(published, corrupt):
     theirs, version, window, size = published
     other = Reference(**vars(theirs) | {'state': corrupt(theirs.state)})
     assert other.state.keys() == theirs.state.keys()

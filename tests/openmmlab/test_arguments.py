@@ -246,7 +246,7 @@ def test_every_argument_with_every_kind_of_value_works_or_is_rejected_by_name():
 
 
 @pytest.mark.filterwarnings('ignore')
-def test_what_mmdet_takes_gives_its_numbers_and_the_rest_is_rejected_by_name():
+def test_arguments_that_mmdet_accepts_give_equal_outputs_and_others_are_rejected_by_name():
     sets = specific_sets()
     assert len(sets) > 450
     results = []
@@ -278,7 +278,7 @@ def test_what_mmdet_takes_gives_its_numbers_and_the_rest_is_rejected_by_name():
         ({'frozen_stages': 5}, ValueError, 'frozen_stages=5: expected an integer from -1 (none) to 4 (all stages)'),
     ],
 )
-def test_messages_survive_the_registry(options, error, message):
+def test_messages_are_kept_when_built_through_the_registry(options, error, message):
     with pytest.raises(error) as caught:
         MODELS.build({'type': 'swin_mm.SwinTransformer', **options})
     assert message in str(caught.value)
@@ -309,6 +309,6 @@ def test_the_config_is_not_changed():
 
 @pytest.mark.parametrize('name', [*FLAGS, 'pad_small_map', 'strict', 'compile'])
 @pytest.mark.parametrize('value', ['False', 'no', 2, float('nan'), [], torch.rand(2)])
-def test_flags_are_not_read_by_their_truth(name, value):
+def test_flags_must_be_booleans(name, value):
     with pytest.raises((ValueError, TypeError), match=f'{name}=.*: expected True'):
         swin_mm.SwinTransformer(**SMALL, **{name: value})

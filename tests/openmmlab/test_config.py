@@ -49,7 +49,7 @@ def test_configs_are_read_by_library_name():
     assert cfg.filename == 'mmseg::upernet/upernet_r50_4xb4-160k_ade20k-512x512.py'
 
 
-def test_entries_that_work_are_left_as_mmengine_has_them(tmp_path):
+def test_working_entries_of_mmengines_table_are_not_changed(tmp_path):
     """The table of mmengine is changed where it would not find an installed library, and nowhere else."""
     code = """
 import importlib.util
@@ -140,7 +140,7 @@ def test_children_of_our_configs_build_parts_of_their_library(child_of_ours):
         assert broken, 'mmengine handles the mark itself now: remove _remove_scopes'
 
 
-def test_marks_of_third_libraries_stay(tmp_path):
+def test_scopes_of_other_libraries_are_kept(tmp_path):
     (tmp_path / 'child.py').write_text(
         """
 _base_ = 'mmdet::_base_/default_runtime.py'

@@ -113,7 +113,7 @@ BAD = {
 
 
 @pytest.mark.parametrize('kind', BAD)
-def test_what_does_not_cover_the_model_is_named(model, kind):
+def test_what_a_checkpoint_lacks_is_named(model, kind):
     change, message = BAD[kind]
     with pytest.raises(CheckpointError, match=message) as caught:
         require_complete(model, change(state(model)), 'a.pth')

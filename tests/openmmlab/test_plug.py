@@ -157,7 +157,7 @@ def test_another_size_or_version_of_a_swin(name, arch, v2, channels):
     assert cfg.model.neck.in_channels == channels
 
 
-def test_own_checkpoint_for_a_swin_changes_nothing_else():
+def test_another_checkpoint_for_a_swin_changes_nothing_else():
     before = load_config('mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py')
     after = plug(before, checkpoint='mine.pth')
     assert after.model.backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'mine.pth'}
@@ -329,7 +329,7 @@ def test_necks_that_make_a_pyramid_for_a_plain_transformer_are_removed(name, nec
     assert heads[0] == heads[1]
 
 
-def test_strides_behind_the_neck_of_a_detector_must_stay():
+def test_changed_strides_after_the_neck_of_a_detector_are_rejected():
     """Its anchors have the strides written down."""
     cfg = load_config('mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py')
     cfg.default_scope = 'mmdet'
@@ -453,14 +453,14 @@ def test_custom_keys_of_layers_that_are_gone_are_removed():
     ]
 
 
-def test_custom_keys_go_from_configs_that_keep_their_adamw():
+def test_dead_custom_keys_are_removed_from_adamw_configs_too():
     before = load_config('mmseg::vit/vit_deit-b16_mln_upernet_8xb2-160k_ade20k-512x512.py')
     keys = plug(before).optim_wrapper.paramwise_cfg.custom_keys
     assert 'cls_token' in before.optim_wrapper.paramwise_cfg.custom_keys
     assert keys.keys() == set(NO_DECAY)
 
 
-def test_bias_lr_mult_goes_with_sgd():
+def test_bias_lr_mult_is_removed_with_sgd():
     before = load_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
     assert before.optim_wrapper.paramwise_cfg.bias_lr_mult == 2.0
     after, report = plug_with_report(before)
@@ -525,7 +525,7 @@ def test_nested_detectors_are_plugged():
         ('mmseg::san/san-vit-b16_voc12aug-640x640.py', 'has no entry "backbone"'),
     ],
 )
-def test_models_that_no_swin_fits_are_refused(name, reason):
+def test_models_without_a_replaceable_backbone_are_rejected(name, reason):
     with pytest.raises(InputError, match=reason) as refused:
         plug(load_config(name))
     assert '\n' not in str(refused.value)

@@ -1,7 +1,7 @@
 # Instances in COCO format: the cell nuclei in data/nuclei. To train on your own data, see docs/own_data.md.
 _base_ = 'mmdet::_base_/datasets/coco_instance.py'
 data = dict(data_root='data/nuclei/', metainfo=dict(classes=('nucleus',)))
-normalization = dict(mean=[12.3] * 3, std=[17.3] * 3)  # of these images, which are dark
+normalization = dict(mean=[12.3] * 3, std=[17.3] * 3)  # statistics of these dark images
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
 resize = dict(type='Resize', scale=(256, 256), keep_ratio=True)
 flip = dict(type='RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal'])

@@ -3,7 +3,7 @@
 _base_ = 'mmseg::_base_/datasets/ade20k.py'
 metainfo = dict(classes=('background', 'nucleus'), palette=[[0, 0, 0], [255, 225, 25]])
 data = dict(type='BaseSegDataset', data_root='data/nuclei/', metainfo=metainfo, reduce_zero_label=False)
-normalization = dict(mean=[12.3] * 3, std=[17.3] * 3)  # of these images, which are dark
+normalization = dict(mean=[12.3] * 3, std=[17.3] * 3)  # statistics of these dark images
 load = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
 resize = dict(type='Resize', scale=(256, 256), keep_ratio=True)
 flip = dict(type='RandomFlip', prob=0.75, direction=['horizontal', 'vertical', 'diagonal'])
