@@ -91,7 +91,7 @@ def parse_args() -> Namespace:
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error('--device cuda: torch sees no GPU')
     if args.preset == 'gpu' and args.device == 'cpu' and not args.quick:
-        parser.error('--preset gpu: torch sees no GPU; --device cpu --quick tries whether all of it runs')
+        parser.error('--preset gpu: torch sees no GPU; --device cpu --quick checks that everything runs')
     if args.device == 'cpu' and 'fp16' in (args.dtypes or ()):
         parser.error('--dtypes fp16: on GPUs only')
     if args.out.exists() and not args.out.is_dir():

@@ -41,8 +41,8 @@ def parse_args() -> argparse.Namespace:
         type=int,
         nargs='+',
         metavar='W',
-        help='window, or one per stage, of V2 weights from timm or transformers, whose files do not tell; needed for '
-        'targets that store tables or a config that depend on it (torchvision, mmpretrain, official, transformers)',
+        help='window, or one per stage, of V2 weights from timm or transformers, whose files do not store it; needed '
+        'for targets that store tables or a config that depend on it (torchvision, mmpretrain, official, transformers)',
     )
     parser.add_argument('--prefix', help='which of several backbones in SRC to convert: the prefix of its keys')
     parser.add_argument('--force', action='store_true', help='replace DST (and config.json) if it exists')
@@ -80,7 +80,7 @@ def main(args: argparse.Namespace) -> None:
             part.write_text(json.dumps(config, indent=2) + '\n')
     notes = {f'left out: {why}': f'{count} tensors' for why, count in Counter(dropped.values()).items()}
     if None in contents.windows() and not windows:
-        notes['left out: position tables'] = 'SRC does not tell its window; give --window if DST should have them'
+        notes['left out: position tables'] = 'SRC does not store its window; give --window to write them'
     names = {'from': contents.naming.name, 'to': args.to, 'model': str(contents.variant)}
     notes |= {'config': str(config_file)} if config_file else {}
     show(str(args.dst), names | {'tensors': str(len(unwrap(result)))} | notes | about_file(str(args.dst)))

@@ -104,7 +104,7 @@ def run_demo(out: Path) -> None:
     console.print(table)
     console.print(f'pictures: {pictures}\ncheckpoints and logs: {out}', markup=False, highlight=False, soft_wrap=True)
     if failed:
-        sys.exit(f'training went through, but {", ".join(failed)} did not reach the required value')
+        sys.exit(f'training finished, but {", ".join(failed)} did not reach the required value')
 
 
 def make_folder(out: Path) -> Path:

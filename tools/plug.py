@@ -31,7 +31,7 @@ def parse_args() -> Namespace:
 def main(args: Namespace) -> None:
     """Show the changes and write them."""
     if args.flat and not args.out:
-        raise InputError('--flat is a way of writing; name the file with --out')
+        raise InputError('--flat writes a file; name it with --out')
     before = load_config(args.config)
     after, report = plug_with_report(before, args.arch, args.v2, args.checkpoint)
     if args.out:

@@ -233,7 +233,7 @@ def find_inputs(inputs: Iterable[str]) -> list[str]:
     """Every image and video among files, folders and globs, in their order.
 
     Raises:
-        InputError: there is none in an entry.
+        InputError: an entry contains none.
     """
     paths = []
     for entry in inputs:
@@ -243,7 +243,7 @@ def find_inputs(inputs: Iterable[str]) -> list[str]:
         inside = glob.glob(os.path.join(glob.escape(entry), '*') if os.path.isdir(entry) else entry, recursive=True)
         found = sorted(path for path in inside if path.lower().endswith((*IMAGES, *VIDEOS)))
         if not found:
-            raise InputError(f'{entry}: no image or video is there (looked for {" ".join((*IMAGES, *VIDEOS))})')
+            raise InputError(f'{entry}: no image or video found (looked for {" ".join((*IMAGES, *VIDEOS))})')
         paths += found
     return list(dict.fromkeys(paths))
 
@@ -291,7 +291,7 @@ def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:
         if writer is None:
             raise EOFError('no frame can be read')
         writer.release()
-        # OpenCV does not tell when it fails to write.
+        # OpenCV reports no error when writing fails.
         if int(cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT)) != count:
             raise OSError(f'not all of {count} frames were written; is the disk full?')
 

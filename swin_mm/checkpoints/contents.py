@@ -362,7 +362,7 @@ def transformers_config(contents: Contents, windows: Sequence[int] | None = None
     variant, state, told = contents.variant, contents.state, contents.windows()
     sides = [window if window else (windows[i],) * 2 if windows else (0, 0) for i, window in enumerate(told)]
     if not all(window for window, _ in sides):
-        raise CheckpointError('the config needs the window, which the file does not tell: give --window')
+        raise CheckpointError('the config needs the window, which the file does not store: give --window')
     norms = sorted(int(key[4:-7]) for key in state if re.fullmatch(r'norm\d+\.weight', key))
     kind = 'ForImageClassification' if 'head.weight' in state else 'Backbone' if norms else 'Model'
     config = {

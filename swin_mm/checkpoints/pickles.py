@@ -54,8 +54,8 @@ class Budget:
         self.left -= amount
         if self.left < 0:
             raise CheckpointError(
-                f'is not a usual checkpoint: opened, it would take more than {self.total / 1e6:,.0f} MB, '
-                f'{MAX_EXPANSION} times its size; save its tensors anew, contiguous and uncompressed'
+                f'is not a usual checkpoint: reading it would take more than {self.total / 1e6:,.0f} MB, '
+                f'{MAX_EXPANSION} times its size; save its tensors again, contiguous and uncompressed'
             )
 
 
@@ -532,7 +532,7 @@ def _read_zip(file: BinaryIO, _: int, budget: Budget, names: Names, place: Calla
             raise CheckpointError('is a zip archive, but not one that torch.save wrote; name a checkpoint in it')
         (root,) = roots
         if f'{root}byteorder' in members and archive.read(f'{root}byteorder') not in (b'little', b''):
-            raise CheckpointError('was written on a big-endian machine; save it anew on one like this')
+            raise CheckpointError('was written on a big-endian machine; save it again on a little-endian machine')
         loaded: dict[str, Tensor] = {}
 
         def member(info: zipfile.ZipInfo) -> Tensor:

@@ -25,7 +25,7 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
             if done:
                 self.runner.logger.warning(
                     f'the checkpoint is from batch {done} of {of} of its epoch and now there are {total}: other data, '
-                    'batch size or number of GPUs; the epoch begins anew'
+                    'batch size or number of GPUs; the epoch starts over'
                 )
             done = 0
         if done:

@@ -139,8 +139,8 @@ def set_start(cfg: Config, resume: str | None) -> None:
             print(f'nothing to resume in {cfg.work_dir}: training starts from the beginning')
     elif resume is None and not cfg.get('resume') and last is not None:
         _warn(
-            f'{cfg.work_dir} holds checkpoints of an earlier run ({Path(last).name}), which this one replaces as it '
-            'goes; --resume continues that run, --work-dir names another folder'
+            f'{cfg.work_dir} holds checkpoints of an earlier run ({Path(last).name}), which this run will '
+            'replace; --resume continues that run, --work-dir names another folder'
         )
     if resume is not None:
         cfg.resume, cfg.load_from = True, resume
@@ -217,8 +217,8 @@ def changed_data(text: str | None, cfg: Config) -> list[str]:
     new: dict[str, list[str]] = {}
     _collect(cfg.train_dataloader, new)
     return [
-        f'the run to resume was trained on {key} {_listed(old[key])}, this one is on {_listed(new[key])}; its schedule '
-        'and order of images go on as if nothing had changed'
+        f'the run to resume was trained on {key} {_listed(old[key])}, this one is on {_listed(new[key])}; the schedule '
+        'and the order of images continue unchanged'
         for key in ('data_root', 'ann_file', 'classes')
         if old.get(key) and new.get(key) and sorted(old[key]) != sorted(new[key])
     ]
@@ -293,7 +293,7 @@ def explained(error: Exception, cfg: Config) -> Exception:
         if 'DataLoader worker' in text:  # torch puts the worker's traceback in front
             text = text.rsplit('InputError: ', 1)[-1].strip()
         if 'cannot be loaded' in text:
-            return InputError(f'{text}; tools/check_data.py lists all such files: mend or remove them, {resume}')
+            return InputError(f'{text}; tools/check_data.py lists all such files: fix or remove them, {resume}')
         if 'cannot be written' in text:
             return InputError(f'{text}; {_space(work_dir)}, {resume}')
         return InputError(text)
@@ -303,7 +303,7 @@ def explained(error: Exception, cfg: Config) -> Exception:
     shared = 'shared memory' in text or ('torch_' in text and os.strerror(errno.ENOSPC) in text)
     if shared or 'killed by signal: Bus error' in text:
         return InputError(
-            'the shared memory (/dev/shm) that data workers hand batches over in is full; give it more (in Docker '
+            'the shared memory (/dev/shm) through which data workers pass batches is full; give it more (in Docker '
             '--shm-size) or use fewer workers: --cfg-options train_dataloader.num_workers=0 '
             f'train_dataloader.persistent_workers=False, {resume}'
         )

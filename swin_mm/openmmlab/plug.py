@@ -292,7 +292,7 @@ def _refuse_method_backbones(owner: dict, backbone: dict) -> None:
     """Raise for models that only work with their own backbone."""
     name = _name(backbone)
     if name in METHOD_BACKBONES or 'backbone_cfg' in backbone:
-        raise InputError(f'cannot be plugged: {name} is part of the method, whose heads read what only it gives')
+        raise InputError(f'cannot be plugged: {name} is part of the method, whose heads need its special outputs')
     if any('shared_head' in node for node in iter_dicts(owner.get('roi_head'))):
         raise InputError('cannot be plugged: the RoI head runs the last stage of a ResNet (C4, shared_head)')
     if not owner.get('neck') and ('rpn_head' in owner or owner.get('type') == 'RPN'):
@@ -365,7 +365,7 @@ def _run_on(
         outputs = module(maps[0] if part == 'backbone' else tuple(maps))
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
     if not all(isinstance(output, Tensor) and output.ndim == 4 for output in outputs):
-        raise InputError(f'cannot be plugged: its {part} gives more than feature maps')
+        raise InputError(f'cannot be plugged: its {part} returns more than feature maps')
     levels = [Level(output.shape[1], _round_stride(side / output.shape[-1])) for output in outputs]
     gradients = torch.autograd.grad([output.sum() for output in outputs], maps, allow_unused=True)
     return levels, {i for i, gradient in enumerate(gradients) if gradient is not None}
@@ -459,10 +459,10 @@ def _adapt_heads(owner: dict, old: list[Level], new: list[Level], scope: str, re
         report.strides.append(comparison)
         if comparison.before != comparison.after:
             at = 0 if head.get('input_transform') == 'resize_concat' else -1
-            mended = _scale_pixel_arguments(head, comparison.before[at] / comparison.after[at], scope)
+            note = _scale_pixel_arguments(head, comparison.before[at] / comparison.after[at], scope)
             report.notes.append(
                 f'{name} ({_name(head)}) reads maps of stride {_join(comparison.after)}, before '
-                f'{_join(comparison.before)}{mended}'
+                f'{_join(comparison.before)}{note}'
             )
     return read
 

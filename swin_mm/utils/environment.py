@@ -8,7 +8,7 @@ from importlib.metadata import packages_distributions
 from swin_mm.utils.errors import DependencyError
 
 _BUILD = 'pip install setuptools wheel ninja && MMCV_WITH_OPS=1 pip install --no-build-isolation'
-# Import name -> what installs it. The original distributions (mmdet, mmsegmentation, ...) serve as well.
+# Import name -> the command that installs it. The original distributions (mmdet, mmsegmentation, ...) work, too.
 FIXES = {
     'torch': 'pip install torch',
     'mmengine': 'pip install onedl-mmengine',

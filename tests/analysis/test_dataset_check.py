@@ -487,7 +487,7 @@ def test_masks_of_0_and_255(check, own, reduce_zero_label):
         return text.replace('train_dataloader =', f'{step}train_dataloader =', 1)
 
     found = check('segmentation', change, parts=['train'])
-    hint = r'nothing to learn: train: all maps hold the values 0 and 255 alone'
+    hint = r'nothing to learn: train: all maps hold the values 0 and 255 only'
     if reduce_zero_label:
         match(
             found,
@@ -611,7 +611,7 @@ def test_a_crop_that_does_not_fit(check, own):
     match(
         check('segmentation', crop((128, 128), (32, 32)), parts=['train']),
         r'training pipeline: the images of a batch are \d+ x \d+, \d+ x \d+ \(height x width\) after the pipeline and '
-        r'cannot be stacked: .*size=\(32, 32\) pads smaller ones alone; the crop, crop_size=\(128, 128\), does not fit',
+        r'cannot be stacked: .*size=\(32, 32\) pads only smaller ones; the crop, crop_size=\(128, 128\), does not fit',
     )
     report = check_datasets(load_config(own.parent / 'tiny.py'), ['val'], 1)
     assert report.findings == []
@@ -756,7 +756,7 @@ def test_real_masks_of_0_and_255(own, tmp_path):
     for path in (tmp_path / 'own/maps').iterdir():
         change_map(path, lambda labels: labels * 255)
     found = check_datasets(cfg, ['train'], 1).faults
-    assert any('0 and 255 alone' in one.message for one in found), found
+    assert any('0 and 255 only' in one.message for one in found), found
 
 
 @needs_data

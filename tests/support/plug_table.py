@@ -80,7 +80,7 @@ def read_by_heads(report: Report) -> str:
 
 
 def short_notes(report: Report) -> list[str]:
-    """Return the notes that the other columns do not tell already."""
+    """Return the notes that the other columns do not show."""
     found = []
     for note in report.notes:
         found += [f'`{change}`' for change in re.findall(r'; (\w+ \(.+?\) became \(.+?\))', note)]

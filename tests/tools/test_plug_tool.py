@@ -73,7 +73,7 @@ def test_replaces_a_file_only_by_force(tool, monkeypatch, refuse, tmp_path):
         (['mmdet::nowhere.py'], 'config mmdet::nowhere.py cannot be read'),
         (['mmdet::ssd/ssd300_coco.py', '--out', 'out.py'], 'cannot be plugged: SSDVGG is part of the method'),
         ([STOCK, '--out', '/proc/missing/out.py'], '/proc/missing/out.py cannot be written: No such file or directory'),
-        ([STOCK, '--flat'], '--flat is a way of writing; name the file with --out'),
+        ([STOCK, '--flat'], '--flat writes a file; name it with --out'),
     ],
 )
 def test_refuses(refuse, arguments, message):

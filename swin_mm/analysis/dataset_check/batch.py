@@ -107,7 +107,7 @@ def _preprocess(cfg: Config, options: dict, batch: Any, shapes: list[tuple[int, 
 def _unequal_sizes(shapes: list[tuple[int, int]], options: dict, cfg: Config) -> str:
     crops = [step['crop_size'] for step in iter_dicts(cfg.train_dataloader.dataset) if 'crop_size' in step]
     what = f'the images of a batch are {_distinct(shapes)} (height x width) after the pipeline'
-    made_equal = f'model.data_preprocessor.size={options.get("size")} pads smaller ones alone'
+    made_equal = f'model.data_preprocessor.size={options.get("size")} pads only smaller ones'
     if crops:
         advice = f'the crop, crop_size={crops[0]}, does not fit: it should equal size, and images be resized to no less'
     else:

@@ -316,7 +316,7 @@ def _label_findings(part: Part) -> Iterator[Finding]:
         what = f'{part.name}: every labelled pixel is of the class {short(part.classes[label])}; the loss soon is 0'
         yield Finding(NO_LABELS, f'{what}. Values in the maps: {listed(present)}')
     if present and set(present) <= {0, 255} and 255 in present:
-        what = f'{part.name}: all maps hold the values 0 and 255 alone, and 255 means "ignored"'
+        what = f'{part.name}: all maps hold the values 0 and 255 only, and 255 means "ignored"'
         yield Finding(NO_LABELS, f'{what}; write class numbers instead, such as 0 and 1')
     absent = [name for index, name in enumerate(part.classes) if not part.amounts[index]]
     if absent and part.amounts:

@@ -72,7 +72,7 @@ class CocoFile:
             what = f'no category is called {listed(unknown)}, which the config has as classes; the categories are'
             self.report(CLASSES, f'{what} {listed(names)}')
         if omitted := [name for name in names if name not in classes]:
-            self.report(SUBSET, f'objects of {listed(omitted)} are left out: no class of the config is called so')
+            self.report(SUBSET, f'objects of {listed(omitted)} are left out: no class of the config has this name')
         order = [name for name in names if name in classes]
         if not unknown and order != classes:
             what = f'mmdet numbers the classes in the order of the categories, {listed(order)}'

@@ -529,7 +529,7 @@ def attention(
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
-    """Why :func:`attention` cannot serve such inputs, or None if it can."""
+    """Why :func:`attention` does not support such inputs, or None if it does."""
     if triton is None:
         return 'triton is not installed'
     if dropout:
