@@ -16,7 +16,7 @@ from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
 
 LOCK = '.lock'
-_TEMPORARY = re.compile(r'\..+\.\w{8}\.pth')  # the names that atomic_write gives checkpoints
+_TEMPORARY = re.compile(r'\.[0-9a-f]{16}\.part\.pth')  # the names that atomic_write gives checkpoints
 
 
 class AtomicBackend(LocalBackend):

@@ -38,7 +38,7 @@ def try_lock(folder):
 
 
 def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
-    (tmp_path / '.epoch_2.abcd1234.pth').touch()
+    (tmp_path / '.0123456789abcdef.part.pth').touch()
     (tmp_path / '.mine.pth').touch()
     process = os.fork()
     if process == 0:
@@ -69,7 +69,7 @@ def test_the_old_checkpoint_is_removed_after_the_new_one_is_written(tmp_path):
 
 
 def test_the_last_checkpoint_is_found_without_a_valid_last_checkpoint_file(tmp_path):
-    for age, name in enumerate(('.epoch_11.abcd1234.pth', 'best_loss_epoch_9.pth', 'epoch_10.pth', 'epoch_9.pth')):
+    for age, name in enumerate(('.0123456789abcdef.part.pth', 'best_loss_epoch_9.pth', 'epoch_10.pth', 'epoch_9.pth')):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 1000 - age))
     assert last_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')

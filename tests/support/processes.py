@@ -51,13 +51,13 @@ def run_main(tool: str, *arguments: object) -> None:
     sys.exit(cli.run(module.main, module.parse_args()))
 
 
-def run_on_a_full_disk(name: str, tool: str, *arguments: object) -> None:
-    """``run_main`` where files whose name has ``name`` in it cannot be flushed to the disk; for ``in_processes``."""
+def run_on_a_full_disk(suffix: str, tool: str, *arguments: object) -> None:
+    """``run_main`` where no file with this suffix can be flushed to the disk; for ``in_processes``."""
     flush = os.fsync
 
     def fsync(file: int) -> None:
         path = os.readlink(f'/proc/self/fd/{file}')
-        if name in os.path.basename(path):
+        if path.endswith(suffix):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         flush(file)
 

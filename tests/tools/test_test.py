@@ -138,7 +138,7 @@ def test_a_checkpoint_without_a_head_is_refused(tiny, trained, damage, tmp_path,
 def test_a_full_disk_leaves_no_part_of_the_predictions(tiny, trained, tmp_path, capfd):
     out = tmp_path / ('predictions.pkl' if tiny.task == 'detection' else 'masks')
     arguments = (tiny.config, last_checkpoint(trained[0]), '--work-dir', tmp_path / 'work', '--out', out)
-    assert in_processes((run_on_a_full_disk, 'predictions' if out.suffix else '1', 'test', *arguments)) == [2]
+    assert in_processes((run_on_a_full_disk, out.suffix or '.png', 'test', *arguments)) == [2]
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert 'cannot be written: No space left on device' in error and 'GB are free there' in error
     assert [path for path in tmp_path.rglob('*') if path.suffix in ('.pkl', '.png')] == []
