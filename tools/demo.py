@@ -162,7 +162,8 @@ def run_tool(progress: Progress, task: Task, name: str, work_dir: Path, config: 
         process.terminate()
         process.wait()
     if process.returncode:
-        reason = log.read_text(errors='replace').strip().rpartition('\n')[2]
+        full = shutil.disk_usage(log.parent).free < 1_000_000  # then the log may lack its end
+        reason = 'the disk is full' if full else log.read_text(errors='replace').strip().rpartition('\n')[2]
         sys.exit(f'tools/{name}.py failed with exit code {process.returncode}: {reason} (the whole log: {log})')
     progress.update(bar, total=1, completed=1)
     return time.perf_counter() - start
