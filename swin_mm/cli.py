@@ -72,7 +72,7 @@ def run(main: Callable[[Namespace], None], args: Namespace) -> int:
         print(f'error: {error}', file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of a pipe has ended, as in `| head`
-        sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (Python flushes it at the end)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at the end
         return 128 + signal.SIGPIPE
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
