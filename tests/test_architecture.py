@@ -27,7 +27,6 @@ OURS = ('swin_mm', 'tools', 'benchmarks')
 # Private API of other libraries that has no public equivalent on all supported versions, by the file that may use it.
 # `test_private_api_exists` fails when one of them is gone.
 PRIVATE_API = {
-    'swin_mm/checkpoints/pickles.py': ['torch._utils:_rebuild_tensor_v2'],
     'swin_mm/engine/fsdp.py': ['mmengine._strategy:FSDPStrategy'],
     'swin_mm/ops/windows.py': ['torch:_C'],  # for _are_functorch_transforms_active, with a fallback
 }
@@ -270,10 +269,11 @@ def test_tests_mirror_the_package():
 
 
 def test_recipes_are_short():
-    long = {
-        str(path.relative_to(ROOT)): lines
-        for path in sources('configs')
-        if '_base_' not in path.relative_to(ROOT).parts
-        and (lines := sum(bool(line.strip()) for line in path.read_text().splitlines())) > 10
-    }
+    """Recipes differ from their base in a few lines; the templates to copy (custom/) spell out what users change."""
+    long = {}
+    for path in sources('configs'):
+        parts = path.relative_to(ROOT).parts
+        lines = sum(bool(line.strip()) for line in path.read_text().splitlines())
+        if '_base_' not in parts and lines > (25 if 'custom' in parts else 10):
+            long[str(path.relative_to(ROOT))] = lines
     assert not long, long
