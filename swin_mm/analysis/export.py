@@ -17,9 +17,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
-import swin_mm  # noqa: F401 (registers the backbones)
 from swin_mm.analysis.substitution import replace_modules
 from swin_mm.checkpoints import unwrap, write_checkpoint
 from swin_mm.engine.runner import load_complete
@@ -97,7 +95,7 @@ class Exportable(nn.Module):
                 f'--part model: {type(model).__name__} selects boxes between its two stages, and their number depends '
                 'on the image, which a graph cannot express; --part backbone works'
             )
-        self.model = model
+        self.model: Any = model  # its methods depend on its kind
         self.is_backbone = part == 'backbone'
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -108,13 +106,24 @@ class Exportable(nn.Module):
             outputs = self.model.encode_decode(image, [{'img_shape': image.shape[2:]}])
         else:
             outputs = self.model(image, mode='tensor')
-        return tuple(pytree.tree_leaves(outputs))
+        return tuple(_flatten(outputs))
 
     def output_names(self, count: int) -> list[str]:
         """The names of ``count`` outputs."""
         if self.is_backbone:
             return [f'stage{i}' for i in getattr(self.model, 'out_indices', range(count))]
         return ['logits'] if count == 1 else [f'output{i}' for i in range(count)]
+
+
+def _flatten(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in their order."""
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if not isinstance(outputs, tuple | list):
+        yield outputs
+        return
+    for output in outputs:
+        yield from _flatten(output)
 
 
 class OnnxAdaptivePool(nn.Module):
@@ -199,10 +208,11 @@ def export(
         write_checkpoint({key: value.contiguous() for key, value in model.state_dict().items()}, out, force)
         return []
     exportable = Exportable(model, part)
-    least = None if size else smallest_side(model)
+    least: int | None = None
     if size:
         shapes = [(batch, size[1], size[0]) for batch in (1, 2)]
     else:
+        least = smallest_side(model)
         shapes = [(batch, max(height, least), max(width, least)) for batch, height, width in SIZES]
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     images = [torch.randn(batch, channels, *sides) for batch, *sides in shapes]
@@ -257,7 +267,8 @@ def smallest_side(model: nn.Module) -> int:
     backbone, least = getattr(model, 'backbone', model), 1
     if isinstance(backbone, SwinPyramid):
         stride = backbone.patch_embed.proj.stride[0]
-        for stage in backbone.layers:
+        stages: Any = backbone.layers  # nn.ModuleList does not know the type of its items
+        for stage in stages:
             if not stage.blocks[0].pad_small_map:
                 least = max(least, stride * max(stage.blocks[0].attn.window) + 1)
             stride *= stage.downsample.stride if stage.downsample else 1
@@ -270,7 +281,7 @@ def without_special_sizes() -> AbstractContextManager:
     The setting is private. Where it is missing, the export continues without it, and the comparison shows whether
     the file supports such sizes.
     """
-    settings = getattr(torch.fx.experimental, '_config', None)
+    settings: Any = getattr(torch.fx.experimental, '_config', None)
     return settings.patch(backed_size_oblivious=True) if hasattr(settings, 'backed_size_oblivious') else nullcontext()
 
 
@@ -320,6 +331,7 @@ def write_onnx(exportable: Exportable, image: Tensor, least: int | None, file: P
             dynamo=True,
             verbose=False,
         )
+    assert onnx_program is not None  # with dynamo=True
     for node in onnx_program.model.graph:
         node.metadata_props.clear()  # paths of source files
     onnx_program.save(file, external_data=False)
