@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +63,7 @@ class Report:
         return not (self.missing or self.unexpected or self.wrong_shape or self.unusable)
 
     def __str__(self) -> str:
-        rows = [
+        entries: list[tuple[str, Collection[str], str]] = [
             ('loaded', self.loaded, ''),
             ('of them converted', self.converted, _example(self.converted)),
             ('of them resized', self.resized, _example(self.resized)),
@@ -75,7 +76,7 @@ class Report:
             ('UNUSABLE', self.unusable, _example(self.unusable)),
         ]
         where = f' under {self.prefix!r}' if self.prefix else ''
-        rows = [(name, len(items), detail) for name, items, detail in rows if items]
+        rows = [(name, len(items), detail) for name, items, detail in entries if items]
         width = max((len(name) for name, _, _ in rows), default=0)
         lines = [f'  {name:{width}} {count:4}  {detail}'.rstrip() for name, count, detail in rows]
         return '\n'.join([f'Swin weights, {self.naming} naming{where}:', *lines, *(f'  {note}' for note in self.notes)])
@@ -212,12 +213,12 @@ def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> s
     reasons += [f'{key} is missing' for key in report.missing]
     reasons += [f'{key} is not in the model' for key in report.unexpected]
     listed = '; '.join(reasons[:3]) + (f' (and {len(reasons) - 3} more)' if len(reasons) > 3 else '')
-    try:
+    theirs: Variant | None = None
+    mine: Variant | None = None
+    with suppress(KeyError, ValueError, CheckpointError):  # too few keys to tell
         theirs, mine = contents.variant, Variant.of(model.state_dict())
-    except (KeyError, ValueError, CheckpointError):  # too few keys to tell
-        theirs = mine = None
     stages = len(model.layers)
-    if theirs is not None and (theirs.version != mine.version or theirs.sizes(stages) != mine.sizes(stages)):
+    if theirs and mine and (theirs.version != mine.version or theirs.sizes(stages) != mine.sizes(stages)):
         kind = f"type='swin_mm.SwinTransformer{'V2' if theirs.version == 2 else ''}'"
         size = f"arch='{theirs.arch}'" if theirs.arch else 'its embed_dims, depths and num_heads'
         remedy = f'give the backbone {kind} and {size}, or choose the checkpoint of another model'
@@ -230,13 +231,15 @@ def _reason_against(report: Report, contents: Contents, model: SwinPyramid) -> s
 
 def _window_notes(contents: Contents, model: SwinPyramid) -> list[str]:
     """A note if a V2 file was trained with other windows for its position bias than the model uses."""
-    if not all(len(stage.blocks) for stage in model.layers):
+    stages: Any = model.layers  # nn.ModuleList does not know the type of its items
+    if not all(len(stage.blocks) for stage in stages):
         return []
-    attentions = [stage.blocks[0].attn for stage in model.layers]
+    attentions = [stage.blocks[0].attn for stage in stages]
     if not isinstance(attentions[0], WindowAttentionV2) or 'patch_embed.proj.weight' not in contents.state:
         return []
-    told = contents.windows()[: len(attentions)]
-    if None in told:
+    windows = contents.windows()[: len(attentions)]
+    told = [pair for pair in windows if pair is not None]
+    if len(told) < len(windows):
         return []
     found = [(whole, whole) for _, whole in told]
     used = [tuple(p or w for p, w in zip(a.pretrained_window, a.window, strict=True)) for a in attentions]
@@ -271,10 +274,11 @@ def _fit(name: str, value: Tensor, target: Tensor, model: SwinPyramid) -> Tensor
         same = value.shape[1] == target.shape[1]
         return F.interpolate(value, size=target.shape[2:], mode='bicubic') if same else value
     if name.endswith('.relative_position_bias_table') and value.shape[1:] == target.shape[1:]:
-        return _resized_table(value, model.get_submodule(name.rpartition('.')[0]).window)
+        attention: Any = model.get_submodule(name.rpartition('.')[0])
+        return _resized_table(value, attention.window)
     resizable = value.ndim == 4 and len(value) == len(target) and max(value.shape[2:]) <= MAX_PATCH
     if name == 'patch_embed.proj.weight' and resizable:
-        return _resized_patches(_change_channels(value, target.shape[1]), target.shape[2:])
+        return _resized_patches(_change_channels(value, target.shape[1]), (target.shape[2], target.shape[3]))
     return value
 
 

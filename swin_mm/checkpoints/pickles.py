@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 import torch
@@ -210,6 +210,7 @@ class Machine:
                 raise pickle.UnpicklingError('too few values on the stack')
             return items
 
+        argument: Any
         for opcode, argument, _ in pickletools.genops(file):
             name = opcode.name
             if name in PUSH:
@@ -319,7 +320,7 @@ class Machine:
         if isinstance(value, OrderedDict):
             # Other attributes of dictionaries are dropped; torch keeps the versions of modules in this one.
             if isinstance(state.get('_metadata'), dict):
-                value._metadata = state['_metadata']  # type: ignore[attr-defined]
+                value._metadata = state['_metadata']  # type: ignore[attr-defined]  # not in OrderedDict's type
         elif isinstance(value, Namespace):
             vars(value).update({key: item for key, item in state.items() if isinstance(key, str)})
         elif state and not isinstance(value, dict | Tensor):
@@ -384,7 +385,8 @@ class Machine:
         if order not in ('C', 'F'):
             raise pickle.UnpicklingError(f'an array in the order {order!r}')
         kind = _instance(dtype, DType).dtype
-        return np.frombuffer(data, kind).reshape(_whole_numbers(shape), order=order).copy(order)  # type: ignore[call-overload]
+        layout = cast(Literal['C', 'F'], order)
+        return np.frombuffer(data, kind).reshape(_whole_numbers(shape), order=layout).copy(layout)
 
     def _encode(self, data: Any, encoding: str = 'latin1') -> bytes:
         """``_codecs.encode``, with which pickle protocol 2 writes bytes."""
@@ -494,7 +496,8 @@ class BoundedFile:
         if size > self._size - self.tell():
             raise pickle.UnpicklingError('it ends too early')
         content = torch.empty(size, dtype=torch.uint8)
-        if size and self._file.readinto(memoryview(content.numpy())) != size:  # type: ignore[attr-defined]
+        # Every binary file has readinto, but BinaryIO does not declare it.
+        if size and self._file.readinto(content.numpy().data) != size:  # type: ignore[attr-defined]
             raise pickle.UnpicklingError('it ends too early')
         return content
 
@@ -539,8 +542,9 @@ def _read_zip(file: BinaryIO, _: int, budget: Budget, names: Names, place: Calla
             """The bytes of a member, with its checksum compared."""
             budget.spend(info.file_size)
             content = torch.empty(info.file_size, dtype=torch.uint8)
-            view, done = memoryview(content.numpy()), 0
+            view, done = content.numpy().data, 0
             with archive.open(info) as part:
+                # Its type IO does not declare readinto.
                 while count := part.readinto(view[done : done + 2**22]):  # type: ignore[attr-defined]
                     done += count
                 if done != info.file_size or part.read(1):
