@@ -86,8 +86,10 @@ class _Batches:
 
 
 def _build(runner: Runner, dataloader: DataLoader | dict, endless: bool) -> DataLoader:
-    if not isinstance(dataloader, DataLoader):
+    if isinstance(dataloader, DataLoader):
+        loader = dataloader
+    else:
         differ = runner.cfg.get('randomness', {}).get('diff_rank_seed', False)
         # Samplers need the same seed on all ranks; with diff_rank_seed mmengine draws one that no checkpoint has.
-        dataloader = runner.build_dataloader(dataloader, seed=runner.seed - get_rank() * differ)
-    return resumable(dataloader, (runner.seed, get_rank()), endless)
+        loader = runner.build_dataloader(dataloader, seed=runner.seed - get_rank() * differ)
+    return resumable(loader, (runner.seed, get_rank()), endless)

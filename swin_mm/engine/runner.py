@@ -110,7 +110,7 @@ def _renamed(state: dict[str, Any], patterns: list[tuple[str, str]]) -> dict[str
     for pattern, replacement in patterns:
         result = OrderedDict((re.sub(pattern, replacement, key), value) for key, value in result.items())
     if hasattr(state, '_metadata'):  # torch keeps versions of layers there
-        result._metadata = state._metadata  # type: ignore[attr-defined]
+        result._metadata = state._metadata  # type: ignore[attr-defined]  # not in the type of OrderedDict
     return result
 
 

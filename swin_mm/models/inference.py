@@ -332,6 +332,6 @@ def _freeze_block(block: nn.Module) -> nn.Module:
         return block
     if not type(block.norm1) is type(block.norm2) is nn.LayerNorm or type(mlp.act) is not nn.GELU:
         return block
-    block.attn = FrozenAttention(attn)  # type: ignore[assignment]
+    block.attn = FrozenAttention(attn)  # type: ignore[assignment]  # another class with the same forward
     block.mlp = FrozenMlp(mlp) if mlp.act.approximate == 'none' else mlp
     return TiledBlock(block)

@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from mmengine.logging import print_log
@@ -37,7 +37,17 @@ OTHER_NORMS = (
 )
 
 
-class _Backbone:
+if TYPE_CHECKING:
+
+    class _Base(SwinPyramid, BaseModule):
+        """What the mixin is combined with."""
+else:
+    _Base = object
+
+_Self = TypeVar('_Self', bound='_Backbone')
+
+
+class _Backbone(_Base):
     """What mmengine expects of a backbone, as a mixin for the pyramids."""
 
     def __init__(
@@ -85,7 +95,7 @@ class _Backbone:
         for module in frozen:
             module.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True):
+    def train(self: _Self, mode: bool = True) -> _Self:
         """Set training mode; frozen stages stay in evaluation mode. Returns self."""
         super().train(mode)
         self._freeze()

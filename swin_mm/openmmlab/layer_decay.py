@@ -81,7 +81,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         super().add_params(params, module, prefix, **options)
         if prefix:  # super() recurses into submodules through this method; act once, on the whole model
             return
-        base_lr = self.base_lr
+        base_lr: float | None = self.base_lr
         assert base_lr is not None  # checked in __init__
         backbone = dict(_backbone_parameters(module))
         for group in params:

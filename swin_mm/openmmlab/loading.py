@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from mmengine.fileio import get_local_path
@@ -125,7 +125,7 @@ def require_complete(model: nn.Module, state_dict: Mapping[str, Any], source: st
             themselves; they are listed when something else is wrong.
     """
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = cast(nn.Module, model.module)
     skeleton = _on_meta(model)
     # mmengine does not count BatchNorm's counters as missing.
     state = {key: value for key, value in skeleton.state_dict().items() if key.endswith('num_batches_tracked')}
