@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import mmcv
 import numpy as np
@@ -19,6 +19,7 @@ from matplotlib.image import AxesImage
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.patches import Patch, Rectangle
 from mmengine.config import Config
+from mmengine.model import BaseModule
 from torch import Tensor
 
 from swin_mm.analysis.figures import figure
@@ -177,7 +178,7 @@ def build_backbone(cfg: Config, checkpoint: str | None) -> SwinPyramid:
         )
     if not options.get('init_cfg') and not options.get('pretrained'):
         logging.getLogger('swin_mm').warning('no checkpoint and no init_cfg: the weights are random')
-    backbone.init_weights()
+    cast(BaseModule, backbone).init_weights()
     return backbone.eval()
 
 
@@ -189,9 +190,12 @@ def record_stages(backbone: SwinPyramid, image: Tensor, block: int) -> list[Stag
         image: (1, channels, H, W), normalised.
         block: index of the block to look at in each stage; negative ones count from the end.
     """
-    inputs, outputs, hooks = [], [], []
+    stages: Any = backbone.layers  # nn.ModuleList does not know the type of its items
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    hooks = []
     try:
-        for number, stage in enumerate(backbone.layers):
+        for number, stage in enumerate(stages):
             if not -len(stage.blocks) <= block < len(stage.blocks):
                 raise InputError(f'block {block}: stage {number} has {len(stage.blocks)} blocks, counted from 0')
             hooks.append(stage.blocks[block].register_forward_pre_hook(lambda _, args: inputs.append(args[0])))
@@ -202,7 +206,7 @@ def record_stages(backbone: SwinPyramid, image: Tensor, block: int) -> list[Stag
         for hook in hooks:
             hook.remove()
     strides = [backbone.patch_embed.proj.stride[0]]
-    strides += [stage.downsample.stride for stage in backbone.layers if stage.downsample is not None]
+    strides += [stage.downsample.stride for stage in stages if stage.downsample is not None]
     return [
         StageRecord(
             stride=math.prod(strides[: i + 1]),
@@ -212,7 +216,7 @@ def record_stages(backbone: SwinPyramid, image: Tensor, block: int) -> list[Stag
             stage_output=outputs[i],
             feature_map=maps[i][0] if i in maps else None,
         )
-        for i, stage in enumerate(backbone.layers)
+        for i, stage in enumerate(stages)
     ]
 
 
@@ -391,8 +395,10 @@ def draw_windows(path: Path, picture: np.ndarray, stages: list[StageRecord]) -> 
                 _show_values(axes, tint, tokens, cmap=ListedColormap(PART_COLOURS), vmin=0, vmax=3, alpha=0.5)
                 _draw_lines(axes, *cuts, width=0.4 if len(cuts[1]) > 20 else 0.8)
                 axes.set_title(title)
+        # Matplotlib accepts tuples of artists, its type stubs do not.
+        handles: list[Any] = [tuple(Patch(color=colour, alpha=0.6) for colour in PART_COLOURS), Patch(**PADDING_STYLE)]
         drawn.legend(
-            [tuple(Patch(color=colour, alpha=0.6) for colour in PART_COLOURS), Patch(**PADDING_STYLE)],
+            handles,
             [
                 'parts that the cyclic shift joins into one window: a token attends to its own part only',
                 'padding, attended to like any token',
@@ -435,7 +441,7 @@ def draw_attention(path: Path, picture: np.ndarray, stage: StageRecord, point: t
     height = down * (6.5 / across * (near[0].stop - near[0].start) / (near[1].stop - near[1].start) + 0.3)
     with figure(path, 12, max(height + 0.4, 5)) as drawn:
         drawn.suptitle(f'Attention in {where}{" (shifted windows)" if any(shift) else ""}')
-        left, right = drawn.subfigures(1, 2, width_ratios=[1, 2])
+        left, right = drawn.subfigures(1, 2, width_ratios=[1, 2], squeeze=False)[0]
         top, bottom = left.subplots(2, 1)
         _show_image(top, canvas, whole, stage.stride)
         _draw_frame(top, seen, 'red', 1.5)

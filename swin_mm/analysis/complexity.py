@@ -63,7 +63,7 @@ def default_size(cfg: Config) -> tuple[int, int]:
     raise InputError(f'{cfg.filename} has no test_pipeline that resizes; give the size of the image, --size WxH')
 
 
-def build(cfg: Config, device: str = 'meta') -> nn.Module:
+def build(cfg: Config, device: str = 'meta') -> Any:
     """Build the model of a config in evaluation mode.
 
     Args:
@@ -88,7 +88,8 @@ def split_into_parts(model: nn.Module) -> dict[str, list[nn.Module]]:
     for name, child in model.named_children():
         if isinstance(child, SwinPyramid):
             parts[f'{name}.patch_embed'] = [child.patch_embed]
-            for i, stage in enumerate(child.layers):
+            stages: Any = child.layers  # nn.ModuleList does not know the type of its items
+            for i, stage in enumerate(stages):
                 # The pyramid calls the merging, not the stage that it is a child of.
                 parts[f'{name}.layers.{i}'] = [stage] if stage.downsample is None else [stage, stage.downsample]
             parts[f'{name}.norm*'] = [getattr(child, f'norm{i}') for i in child.out_indices]
@@ -191,7 +192,7 @@ def activation_bytes(cfg: Config, width: int, height: int, batch: int, kernel: C
     return saved_bytes(model, torch.empty(batch, channels, height, width, device='meta'))
 
 
-def saved_bytes(model: nn.Module, image: Tensor) -> Counter[str]:
+def saved_bytes(model: Any, image: Tensor) -> Counter[str]:
     """Bytes that autograd saves in each part of ``model.backbone``: each storage once, parameters left out."""
     # Storages are compared as Python objects, because on the meta device they have no address.
     known = {p.untyped_storage() for p in model.parameters()}
@@ -241,7 +242,8 @@ def stage_shapes(backbone: SwinPyramid, width: int, height: int) -> list[StageSh
         for hook in hooks:
             hook.remove()
     shapes = []
-    for i, (stage, size) in enumerate(zip(backbone.layers, sizes, strict=True)):
+    stages: Any = backbone.layers  # nn.ModuleList does not know the type of its items
+    for i, (stage, size) in enumerate(zip(stages, sizes, strict=True)):
         block = stage.blocks[-1]
         window, shift = block.effective_window(size)
         padded = padded_size(size, window)
@@ -251,7 +253,7 @@ def stage_shapes(backbone: SwinPyramid, width: int, height: int) -> list[StageSh
     return shapes
 
 
-def run(model: nn.Module, image: Tensor) -> None:
+def run(model: Any, image: Tensor) -> None:
     """Run a detector or segmentor on an image (1, channels, H, W), without box selection and RoIAlign."""
     shape = tuple(image.shape[2:])
     meta = dict(batch_input_shape=shape, img_shape=shape, ori_shape=shape, pad_shape=shape, scale_factor=(1.0, 1.0))
@@ -269,15 +271,16 @@ def run(model: nn.Module, image: Tensor) -> None:
         _run_two_stages(model, image)
 
 
-def _run_two_stages(model: nn.Module, image: Tensor) -> None:
+def _run_two_stages(model: Any, image: Tensor) -> None:
     """Run the parts of a two-stage detector one by one, the second stage on a fixed number of boxes."""
     maps, roi_head = model.extract_feat(image), model.roi_head
     channels = maps[0].shape[1]
+    proposals: tuple[Tensor, ...] = ()
     if type(model).__name__ == 'SparseRCNN':
         boxes = model.rpn_head.num_proposals
         proposals = (image.new_empty(1, boxes, channels),)
     else:
-        boxes, proposals = BOXES, ()
+        boxes = BOXES
         model.rpn_head(maps)
     if getattr(roi_head, 'semantic_head', None) is not None:
         roi_head.semantic_head(maps)
@@ -310,7 +313,7 @@ def _use_countable_convolutions(model: nn.Module) -> None:
 class _PlainConvolution(nn.Module):
     """A convolution with the cost of a deformable one."""
 
-    def __init__(self, deformable: nn.Module) -> None:
+    def __init__(self, deformable: Any) -> None:
         super().__init__()
         self.weight = deformable.weight
         self.settings = deformable.stride, deformable.padding, deformable.dilation, deformable.groups

@@ -151,7 +151,7 @@ def choose_keys(runs: dict[str, dict[str, Curve]], patterns: list[str] | None) -
         if unmatched := [pattern for pattern, keys in matches.items() if not keys]:
             raise InputError(f'--keys {" ".join(unmatched)} match nothing; there are: {", ".join(is_metric)}')
         return list(dict.fromkeys(key for keys in matches.values() for key in keys))
-    keys = [key for key in ('loss', 'lr') if key in is_metric]
+    keys: list[str] = [key for key in ('loss', 'lr') if key in is_metric]
     keys += [key for key in is_metric if is_metric[key] and not key.endswith(DETAIL_SUFFIXES)]
     keys += [key for key in is_metric if not is_metric[key] and 'loss' in key and key != 'loss']
     if not keys:

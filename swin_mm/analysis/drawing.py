@@ -20,7 +20,8 @@ Colour = tuple[int, int, int]
 def class_colours(count: int) -> list[Colour]:
     """Bright colours, of which neighbours differ."""
     hues = (index * 0.618 % 1 for index in range(count))
-    return [tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.75, 0.95)) for hue in hues]
+    colours = (colorsys.hsv_to_rgb(hue, 0.75, 0.95) for hue in hues)
+    return [(round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue in colours]
 
 
 def line_width(picture: np.ndarray) -> int:
@@ -69,7 +70,7 @@ def draw_instances(
     boxes: np.ndarray,
     labels: np.ndarray,
     palette: Sequence[Colour],
-    masks: Sequence[np.ndarray | PlacedMask] | None = None,
+    masks: Sequence[np.ndarray | PlacedMask] | np.ndarray | None = None,
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw objects as contours of their masks, or as boxes if there are no masks; scores if the objects are few.
@@ -89,8 +90,8 @@ def draw_instances(
     for i in np.argsort(scores if scores is not None else np.zeros(len(labels)), kind='stable'):  # best on top
         colour = tuple(map(int, palette[labels[i]]))
         if masks is None:
-            corners = [tuple(map(round, map(float, corner))) for corner in (boxes[i][:2], boxes[i][2:])]
-            cv2.rectangle(drawn, *corners, colour, width)
+            x1, y1, x2, y2 = (round(float(side)) for side in boxes[i])
+            cv2.rectangle(drawn, (x1, y1), (x2, y2), colour, width)
             continue
         mask = masks[i] if isinstance(masks[i], PlacedMask) else PlacedMask.crop(np.asarray(masks[i], bool))
         contours, _ = cv2.findContours(mask.pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from swin_mm.utils.files import atomic_write
 
 FORMATS = ('png', 'svg', 'pdf')
-STYLE = {
+STYLE: Any = {  # Matplotlib's stubs expect a dict of literal keys
     'figure.dpi': 160,
     'font.size': 9,
     'axes.titlesize': 9,

@@ -123,8 +123,8 @@ class Predictor:
                 if tiled:
                     yield from ((view, self._predict_tiles(view.image, batch_size)) for view in group)
                 else:
-                    group = list(group)
-                    yield from zip(group, self._predict_images([view.image for view in group]), strict=True)
+                    whole = list(group)
+                    yield from zip(whole, self._predict_images([view.image for view in whole]), strict=True)
 
     def _predict_images(self, images: list[np.ndarray]) -> Iterator[BaseDataElement]:
         prepared = (self.inferencer.pipeline(np.ascontiguousarray(image)) for image in images)
@@ -134,6 +134,7 @@ class Predictor:
 
     def _predict_tiles(self, image: np.ndarray, batch_size: int) -> BaseDataElement:
         """Predict on tiles batch by batch, keeping of each only what goes into the merged prediction."""
+        assert self.tile is not None
         height, width = image.shape[:2]
         tiles = iter(split_into_tiles((height, width), self.tile, self.overlap))
         labels = (
@@ -284,7 +285,7 @@ def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:
         writer, count = None, 0
         for picture in pictures:
             if writer is None:
-                code, size = cv2.VideoWriter_fourcc(*'mp4v'), picture.shape[1::-1]
+                code, size = cv2.VideoWriter.fourcc(*'mp4v'), picture.shape[1::-1]
                 writer = cv2.VideoWriter(str(file), code, fps or 25, size)
             writer.write(picture[..., ::-1])
             count += 1
@@ -350,7 +351,7 @@ def save_prediction(
         few = len(classes) <= 256
         pixels = Image.fromarray(sample.pred_sem_seg.data[0].numpy().astype(np.uint8 if few else np.uint16))
         if few:
-            pixels.putpalette(np.uint8(palette).ravel().tolist())
+            pixels.putpalette(np.asarray(palette, np.uint8).ravel().tolist())
     elif 'pred_panoptic_seg' in sample:
         pixels, record = _coco_panoptic(sample.pred_panoptic_seg.sem_seg[0].numpy(), classes)
     else:
@@ -420,7 +421,7 @@ def _classes(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:
     classes = metainfo.get('classes')
     if not classes:
         raise InputError("neither checkpoint nor config names the classes: set the dataset's metainfo.classes")
-    palette = metainfo.get('palette')
+    palette: Any = metainfo.get('palette')
     if isinstance(palette, str) or len(palette or ()) < len(classes):
         palette = class_colours(len(classes))
     return [' '.join(str(name).split()) for name in classes], [tuple(colour) for colour in palette[: len(classes)]]

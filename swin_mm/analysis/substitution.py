@@ -1,11 +1,12 @@
 """Replacing submodules by type."""
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 
-def replace_modules(model: nn.Module, kind: type[nn.Module], make: Callable[[nn.Module], nn.Module]) -> int:
+def replace_modules(model: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.Module]) -> int:
     """Replace every submodule of exactly this type, in place.
 
     Args:

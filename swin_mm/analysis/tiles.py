@@ -53,7 +53,7 @@ class PlacedMask(NamedTuple):
     @classmethod
     def crop(cls, mask: np.ndarray, top: int = 0, left: int = 0) -> 'PlacedMask':
         """Crop a mask (H, W), which starts at this row and column of the image."""
-        rows, columns = mask.any(1).nonzero()[0], mask.any(0).nonzero()[0]
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         if not len(rows):
             return cls(np.zeros((0, 0), bool), top, left)
         pixels = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]

@@ -90,7 +90,7 @@ def _batches(cfg: Config, leaves: list[dict], dataset: dict) -> Iterator[Any]:
 def _shapes(batch: Any) -> list[tuple[int, int]]:
     """(height, width) of each image."""
     inputs = batch.get('inputs') if isinstance(batch, dict) else None
-    return [tuple(image.shape[-2:]) for image in inputs] if isinstance(inputs, (list, torch.Tensor)) else []
+    return [(image.shape[-2], image.shape[-1]) for image in inputs] if isinstance(inputs, (list, torch.Tensor)) else []
 
 
 def _preprocess(cfg: Config, options: dict, batch: Any, shapes: list[tuple[int, int]]) -> tuple[int, int]:

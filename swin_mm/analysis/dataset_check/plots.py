@@ -62,9 +62,9 @@ def _draw_shares(axes: Axes, parts: list[Part], shown: list[int], left: float) -
         shares = np.array([part.share(index) * 100 for index in shown])
         at = np.arange(len(shown)) + (number - (len(parts) - 1) / 2) * 0.2
         marker, color = MARKERS[number % len(MARKERS)], f'C{number}'
-        axes.scatter(shares[shares > 0], at[shares > 0], 22, color, marker=marker, label=part.name, zorder=3)
+        axes.scatter(shares[shares > 0], at[shares > 0], s=22, c=color, marker=marker, label=part.name, zorder=3)
         absent = shares == 0
-        axes.scatter(np.full(absent.sum(), left), at[absent], 22, 'none', marker=marker, edgecolors=color, zorder=3)
+        axes.scatter(np.full(absent.sum(), left), at[absent], s=22, c='none', marker=marker, edgecolors=color, zorder=3)
 
 
 def plot_sizes(parts: list[Part], path: Path) -> None:
@@ -89,7 +89,7 @@ def _draw_image_sizes(axes: Axes, parts: list[Part]) -> None:
         areas = [12 + 700 * count / most if most > 1 else 12 for count in counter.values()]
         axes.scatter(widths, heights, areas, f'C{number}', alpha=0.3, linewidths=0)
         for size, count in counter.items() if few else ():
-            axes.scatter(*size, 12 + 700 * count / most, 'none', edgecolors=f'C{number}')
+            axes.scatter(size[0], size[1], s=12 + 700 * count / most, c='none', edgecolors=f'C{number}')
             right = size[0] > edge / 2  # of the middle: the text goes to the left
             offset = (-20 if right else 20, -12 * written[size] - 20)
             text = f'{name}: {count:,} of {size[0]} × {size[1]}'
