@@ -285,7 +285,8 @@ def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:
         writer, count = None, 0
         for picture in pictures:
             if writer is None:
-                code, size = cv2.VideoWriter.fourcc(*'mp4v'), picture.shape[1::-1]
+                code = cv2.VideoWriter_fourcc(*'mp4v')  # type: ignore[attr-defined]  # missing in OpenCV's stubs
+                size = picture.shape[1::-1]
                 writer = cv2.VideoWriter(str(file), code, fps or 25, size)
             writer.write(picture[..., ::-1])
             count += 1

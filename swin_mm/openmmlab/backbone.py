@@ -40,7 +40,7 @@ OTHER_NORMS = (
 if TYPE_CHECKING:
 
     class _Base(SwinPyramid, BaseModule):
-        """What the classes below also inherit from."""
+        """What the mixin is combined with."""
 else:
     _Base = object
 
