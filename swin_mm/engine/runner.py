@@ -101,6 +101,7 @@ def load_complete(model: nn.Module, state: dict[str, Any], source: str) -> None:
     Raises:
         CheckpointError: something is missing or has another shape.
     """
+    state = _renamed(state, [(r'^module\.', '')])  # saved from a wrapper for several GPUs
     require_complete(model, state, source)
     load_state_dict(_inner(model), state)
 

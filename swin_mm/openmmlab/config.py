@@ -72,7 +72,7 @@ def raise_missing_dependency(error: BaseException) -> None:
     Raises:
         DependencyError: names the library and how to install it.
     """
-    require(*(module for module in SCOPES if re.search(rf'\b{module}\b', str(error))))
+    require(*(module for module in SCOPES if re.search(rf'\b{module}(mentation|ection)?\b', str(error))))
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError) and cause.name:

@@ -705,7 +705,6 @@ def test_plots_stay_the_size_of_a_page(tmp_path):
     [
         ('mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py', 'coco_cc', 577),  # 583 less 6 crowds
         ('upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512x512.py', 'coco_sem_cc', None),
-        ('nuclei/mask-rcnn_swin-nano_fpn_nuclei.py', 'nuclei_cc0', 7783),
     ],
 )
 def test_real_data_are_clean(config, data, objects):

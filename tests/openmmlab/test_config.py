@@ -113,7 +113,7 @@ def child_of_ours(tmp_path) -> Path:
     path = tmp_path / 'child.py'
     path.write_text(
         """
-_base_ = ['mmdet::_base_/default_runtime.py', 'swin_mm::_base_/schedules/adamw_epochs.py']
+_base_ = ['mmdet::_base_/default_runtime.py', 'swin_mm::_base_/schedules/cpu_epochs.py']
 """
     )
     return path

@@ -4,6 +4,7 @@ The processes are forked from this one, which has imported everything.
 """
 
 import errno
+import gc
 import importlib
 import multiprocessing
 import os
@@ -40,6 +41,7 @@ def in_processes(*calls: tuple) -> list[int | None]:
 
 
 def _in_process(function: Callable, *arguments: Any) -> None:
+    gc.freeze()  # finalizers of the parent's garbage must not run in the middle of what is tested here
     torch.set_num_threads(1)  # the other threads of the parent are not here
     function(*arguments)
 

@@ -202,7 +202,7 @@ def test_whole_models(run, task, what):
         (['--kernels', 'magic'], 'magic is not known; choose from auto, optimized, reference'),
         (['--sizes', '800x1333x3'], "invalid sizes value: '800x1333x3'"),
         (['--device', 'cpu', '--dtypes', 'fp16'], '--dtypes fp16: on GPUs only'),
-        (['--device', 'cpu', '--preset', 'gpu'], '--device cpu --quick tries'),
+        (['--device', 'cpu', '--preset', 'gpu'], '--device cpu --quick checks'),
         (['--frobnicate'], 'unrecognized arguments: --frobnicate'),
         (['--out', __file__], 'is a file, name a folder'),
     ],
