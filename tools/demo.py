@@ -23,7 +23,7 @@ from rich.table import Table
 
 from swin_mm import cli
 from swin_mm.analysis import comparison
-from swin_mm.analysis.prediction import Predictor
+from swin_mm.analysis.prediction import Predictor, View
 from swin_mm.openmmlab.config import load_config
 from swin_mm.utils.errors import InputError, Stopped
 from swin_mm.utils.files import atomic_write
@@ -223,8 +223,8 @@ def draw(out: Path) -> Path:
     for file, shown in zip(files, [*([row] for row in rows), rows[::3]], strict=True):
         with atomic_write(file) as part:
             sheet = comparison.contact_sheet(titles, shown)
-            sheet.thumbnail((1200, 1400))
-            sheet.save(part, quality=80, subsampling=0)
+            sheet.thumbnail((1080, 1400))
+            sheet.save(part, quality=75, subsampling=0)
     return files[-1]
 
 
@@ -232,7 +232,7 @@ def predict(work_dir: Path, config: str, images: list[Path]) -> dict[str, BaseDa
     """Predict images with a model of the demo; objects of low score are left out."""
     cfg = load_config(ROOT / 'configs/nuclei' / config)
     predictor = Predictor(cfg, (work_dir / 'last_checkpoint').read_text(), 'cpu', score_thr=0.5)
-    views = (predictor.view(image.stem, np.asarray(Image.open(image).convert('RGB')), str(image)) for image in images)
+    views = (View(image.stem, predictor.read(str(image))) for image in images)
     return {view.name: sample for view, sample in predictor.predict(views)}
 
 

@@ -8,9 +8,13 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
+import torch
 from support.tool_fixtures import ROOT, command
+
+from swin_mm.openmmlab.config import build_model, load_config
 
 
 @pytest.fixture
@@ -91,6 +95,20 @@ def test_progress_comes_from_training_records(tool, tmp_path):
 def test_the_length_of_a_training(tool, monkeypatch, config, iterations):
     monkeypatch.chdir(ROOT)
     assert tool('demo').count_iterations(ROOT / f'configs/nuclei/{config}.py') == iterations
+
+
+def test_pictures_of_models_that_have_learnt_nothing(tool, monkeypatch, folder):
+    """The last step works whatever the models predict, also nothing; a failure after the trainings would be late."""
+    demo = tool('demo')
+    monkeypatch.chdir(folder)
+    for task in demo.TASKS:
+        cfg = load_config(ROOT / 'configs/nuclei' / task.config)
+        work_dir = folder / 'run' / Path(task.config).stem
+        work_dir.mkdir(parents=True)
+        torch.save({'state_dict': build_model(cfg, cfg.model).state_dict()}, work_dir / 'last.pth')
+        (work_dir / 'last_checkpoint').write_text(str(work_dir / 'last.pth'))
+    assert demo.draw(folder / 'run') == folder / 'run/pictures.jpg'
+    assert len(list((folder / 'run/pictures').glob('*.jpg'))) == 8
 
 
 @pytest.mark.slow
