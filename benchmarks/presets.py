@@ -31,14 +31,14 @@ class Grid:
 
     Args:
         task: 'backbone', 'detection' or 'segmentation'.
-        whats: inference, training.
+        modes: inference, training.
         dtypes: keys of ``DTYPES``; None for fp32 on a CPU and bf16 on a GPU.
         sizes: (height, width).
         batches: images per batch.
     """
 
     task: str
-    whats: Sequence[str]
+    modes: Sequence[str]
     dtypes: Sequence[str | None]
     sizes: Sequence[Size]
     batches: Sequence[int]
@@ -73,7 +73,7 @@ def choose(
     preset: str | None,
     device: str,
     tasks: Sequence[str] | None = None,
-    whats: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     sizes: Sequence[Size] | None = None,
     batches: Sequence[int] | None = None,
@@ -88,7 +88,7 @@ def choose(
         preset: key of ``PRESETS``.
         device: 'cpu' or 'cuda'.
         tasks: of whole models, instead of both.
-        whats: inference, training; replaces the preset's, as do ``dtypes``, ``sizes`` and ``batches``.
+        modes: inference, training; replaces the preset's, as do ``dtypes``, ``sizes`` and ``batches``.
         dtypes: see :class:`Grid`.
         sizes: see :class:`Grid`.
         batches: see :class:`Grid`.
@@ -122,7 +122,7 @@ def choose(
         candidates = [*cases.get(bar.case, with_optimized(bar.case, names)), *every, *wanted]
         cases[bar.case] = list(dict.fromkeys(candidates))
     for grid in grids:
-        axes = (whats or grid.whats, dtypes or grid.dtypes, sizes or grid.sizes, batches or grid.batches)
+        axes = (modes or grid.modes, dtypes or grid.dtypes, sizes or grid.sizes, batches or grid.batches)
         for what, dtype, size, batch in itertools.product(*axes):
             case = shrink_if_quick(Case(what, dtype or {'cpu': 'fp32', 'cuda': 'bf16'}[device], size, batch, grid.task))
             if grid.task == 'backbone':
