@@ -8,6 +8,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,7 @@ def in_processes(*calls: tuple) -> list[int | None]:
 
 
 def _in_process(function: Callable, *arguments: Any) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, has it ignored
     gc.freeze()  # finalizers of the parent's garbage must not run in the middle of what is tested here
     torch.set_num_threads(1)  # the other threads of the parent are not here
     function(*arguments)
