@@ -1,4 +1,7 @@
-"""Reject configs that would make mmengine, mmdet or mmseg unpickle a file, because unpickling can run code."""
+"""Reject configs that would make mmengine, mmdet or mmseg open a pickle or YAML file, because that can run code.
+
+mmengine reads YAML with a loader that constructs any Python object.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +15,14 @@ _NOT_OPENED = ('checkpoint', 'pretrained', 'teacher_ckpt', 'out_file_path', 'pro
 
 
 def require_no_pickles(cfg: Config, *parts: str) -> None:
-    """Raise if a config names a pickle to be opened, such as ``proposal_file='x.pkl'`` or ``class_weight='x.pkl'``.
+    """Raise if a config names a pickle or YAML file to be opened, such as ``proposal_file='x.pkl'``.
 
     Args:
         cfg: the config.
         parts: what will run, of 'train', 'val' and 'test' (their dataloaders and evaluators), and 'model'.
 
     Raises:
-        InputError: a pickle would be opened; the message names each file and its key.
+        InputError: such a file would be opened; the message names each file and its key.
     """
     sections = [f'{part}_{kind}' for part in parts if part != 'model' for kind in ('dataloader', 'evaluator')]
     sections += ['model'] * ('model' in parts)
@@ -27,13 +30,13 @@ def require_no_pickles(cfg: Config, *parts: str) -> None:
     if found:
         listed = ', '.join(f'{value} ({key})' for value, key in found.items())
         raise InputError(
-            f'the config opens pickles, which can run any code: {listed}; convert them to JSON or NumPy files, or '
-            'pass --allow-pickle if you trust where they come from'
+            f'the config opens pickles or YAML files, which can run any code: {listed}; convert them to JSON or NumPy '
+            'files, or pass --allow-pickle if you trust where they come from'
         )
 
 
 def _pickles(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, value) of every setting that makes a loader unpickle."""
+    """(dotted key, value) of every setting that makes a loader open a pickle or YAML file."""
     if isinstance(node, dict):
         if 'OccludedSeparated' in str(node.get('type')):  # its defaults are pickles to download
             yield f'{path}.type', str(node['type'])
@@ -46,6 +49,7 @@ def _pickles(node: Any, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(node, str):
         # mmengine's file handlers go by the suffix, or by a setting such as file_format='pkl'; mmseg's reader of
         # medical images by decode_backend='pickle'.
-        is_format = path.endswith(('.file_format', '.decode_backend')) and node in ('pkl', 'pickle')
-        if is_format or node.endswith(('.pkl', '.pickle')):
+        is_format = path.endswith(('.file_format', '.decode_backend')) and node in ('pkl', 'pickle', 'yaml', 'yml')
+        is_yaml = path.endswith('_file') and node.lower().endswith(('.yaml', '.yml'))
+        if is_format or is_yaml or node.lower().endswith(('.pkl', '.pickle')):
             yield path, node

@@ -1,4 +1,4 @@
-"""Configs that would make a library unpickle a file are rejected."""
+"""Configs that would make a library open a pickle or YAML file are rejected."""
 
 import pytest
 from mmengine.config import Config
@@ -12,6 +12,7 @@ from swin_mm.utils.errors import InputError
     [
         ('train', 'train_dataloader', {'dataset': {'proposal_file': 'x.pkl'}}, 'dataset.proposal_file'),
         ('val', 'val_dataloader', {'dataset': {'datasets': [{'ann_file': 'x.pickle'}]}}, 'datasets.0.ann_file'),
+        ('val', 'val_dataloader', {'dataset': {'ann_file': 'x.yaml'}}, 'dataset.ann_file'),
         ('train', 'train_dataloader', {'dataset': {'pipeline': [{'decode_backend': 'pickle'}]}}, 'decode_backend'),
         ('test', 'test_evaluator', [{'file_format': 'pkl'}], 'test_evaluator.0.file_format'),
         ('test', 'test_evaluator', {'type': 'mmdet.CocoOccludedSeparatedMetric'}, 'CocoOccludedSeparatedMetric'),
