@@ -364,9 +364,9 @@ def _run_on(
     with DefaultScope.overwrite_default_scope(scope), torch.device(device):
         outputs = module(maps[0] if part == 'backbone' else tuple(maps))
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
-    if not all(isinstance(output, Tensor) and output.ndim == 4 for output in outputs):
+    if not all(isinstance(output, Tensor) and (output.ndim == 4 or part == 'head') for output in outputs):
         raise InputError(f'cannot be plugged: its {part} returns more than feature maps')
-    levels = [Level(output.shape[1], _round_stride(side / output.shape[-1])) for output in outputs]
+    levels = [Level(output.shape[1], _round_stride(side / output.shape[-1])) for output in outputs if output.ndim == 4]
     gradients = torch.autograd.grad([output.sum() for output in outputs], maps, allow_unused=True)
     return levels, {i for i, gradient in enumerate(gradients) if gradient is not None}
 
@@ -495,15 +495,20 @@ def _default_of(config: dict, argument: str, scope: str) -> Any:
 
 
 def _drop_unread_by_heads(owner: dict, new: list[Level], read: set[int], scope: str, report: Report) -> bool:
-    """Let the backbone leave out the maps that no head of mmseg reads, and renumber ``in_index``."""
+    """Let the backbone leave out the maps that no head of mmseg takes, and renumber ``in_index``.
+
+    Returns whether all remaining maps are used.
+    """
     if scope != 'mmseg':
         return False
+    used: set[int] = set()  # EncHead takes three maps and uses one
     for _, head in _heads(owner):
         try:
-            if not _run(head, new, scope, 'head')[1] <= read:
-                return False  # it reads more maps than its config says
+            used |= _run(head, new, scope, 'head')[1]
         except InputError:  # it needs other inputs, too: only its config tells what it reads
-            pass
+            used |= read
+    if not used <= read:
+        return False  # a head reads more maps than its config says
     kept = sorted(read)
     for _, head in _heads(owner):
         for node in iter_dicts(head):
@@ -513,7 +518,7 @@ def _drop_unread_by_heads(owner: dict, new: list[Level], read: set[int], scope: 
             elif isinstance(index, (list, tuple)):
                 node['in_index'] = type(index)(kept.index(i % len(new)) for i in index)
     _keep_maps(owner, kept, report)
-    return True
+    return used == read
 
 
 def _keep_maps(owner: dict, kept: list[int], report: Report) -> None:

@@ -249,6 +249,12 @@ def test_stages_after_the_last_map_that_heads_read_are_not_built():
     assert len(MODELS.build(after.model.backbone | {'init_cfg': None}).layers) == 3
 
 
+def test_maps_that_a_head_takes_but_does_not_use_are_announced():
+    after = plug(load_config('mmseg::encnet/encnet_r50-d8_4xb4-80k_ade20k-512x512.py'))
+    assert after.model.backbone.out_indices == (1, 2, 3)  # EncHead takes three maps and uses the last one
+    assert after.find_unused_parameters
+
+
 def test_maps_that_cannot_be_left_out_are_announced():
     """This neck reads the two maps in the middle."""
     cfg = load_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
