@@ -508,7 +508,7 @@ def _drop_unread_by_heads(owner: dict, new: list[Level], read: set[int], scope: 
         except InputError:  # it needs other inputs, too: only its config tells what it reads
             used |= read
     if not used <= read:
-        return False
+        return False  # a head reads more maps than its config says
     kept = sorted(read)
     for _, head in _heads(owner):
         for node in iter_dicts(head):

@@ -7,17 +7,20 @@ Takes about ten minutes on one CPU core; needs neither weights nor data.
 """
 
 import argparse
-import importlib
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from swin_mm.analysis import complexity
 from swin_mm.openmmlab.config import load_config
 from swin_mm.openmmlab.plug import Report, plug_with_report
+from swin_mm.ops.attention import reference
 from swin_mm.utils.errors import InputError
 
 SIZE = 512  # side of the image that multiply-adds are counted for
@@ -51,23 +54,35 @@ def measure(method: str, name: str) -> Row:
 
 
 def count_both(before: Config, after: Config) -> str:
-    """Return the 10^9 multiply-adds of predicting on one image, of heads too where they run without data."""
-    complexity = importlib.import_module('tools.model_info')
-    side = before.model.backbone.get('img_size', SIZE) if 'backbone' in before.model else SIZE
+    """Return the 10^9 multiply-adds of predicting on one image, without the heads where they need annotations."""
+    side = before.model.backbone.get('img_size', SIZE)
     side = side if isinstance(side, int) else side[0]  # some transformers accept only one image size
     mark = '' if side == SIZE else f' ({side})'
     try:
-        figures = [sum(complexity.macs(cfg, side, side).values()) for cfg in (before, after)]
+        figures = [count(cfg, side) for cfg in (before, after)]
     except Exception:
         figures, mark = [count_without_heads(cfg, side) for cfg in (before, after)], f'{mark} *'
     return f'{figures[0] / 1e9:.1f} → {figures[1] / 1e9:.1f}{mark}'
 
 
+def count(cfg: Config, side: int) -> int:
+    """Return the multiply-adds of the whole model, on the CPU where it cannot be built on the meta device."""
+    try:
+        return sum(complexity.multiply_adds(cfg, side, side).values())
+    except Exception:
+        return _count_on_cpu(cfg, side, complexity.run)
+
+
 def count_without_heads(cfg: Config, side: int) -> int:
     """Return the multiply-adds of backbone and neck."""
-    model = importlib.import_module('tools.model_info').build(cfg, 'cpu')
+    return _count_on_cpu(cfg, side, lambda model, image: model.extract_feat(image))
+
+
+def _count_on_cpu(cfg: Config, side: int, run: Callable[[Any, Tensor], object]) -> int:
+    model = complexity.build(cfg, 'cpu')
+    complexity.set_attention(model, reference.attention)  # the counter does not know our operators
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.extract_feat(torch.zeros(1, 3, side, side))
+        run(model, torch.zeros(1, 3, side, side))
     return counter.get_total_flops() // 2
 
 
