@@ -611,9 +611,10 @@ def _set_optimizer(cfg: Config, recipe: Recipe, no_decay: tuple[str, ...], repor
     if not wrapper or 'optimizer' not in wrapper:
         return
     paramwise = wrapper.get('paramwise_cfg') or {}
-    if 'decay_rate' in paramwise:  # layer-wise decay by the layers of the old backbone
+    layer_decay = {'decay_rate', 'layer_decay_rate'} & paramwise.keys()
+    if layer_decay:  # it counts the layers of the old backbone
         wrapper.pop('constructor', None)
-        paramwise = {k: v for k, v in paramwise.items() if k not in ('decay_rate', 'decay_type', 'num_layers')}
+        paramwise = {k: v for k, v in paramwise.items() if k not in (*layer_decay, 'decay_type', 'num_layers')}
     is_adam = 'Adam' in _name(wrapper['optimizer'])
     if not is_adam and 'bias_lr_mult' in paramwise:  # a custom of SGD
         paramwise = {k: v for k, v in paramwise.items() if k != 'bias_lr_mult'}

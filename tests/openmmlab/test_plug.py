@@ -466,6 +466,17 @@ def test_dead_custom_keys_are_removed_from_adamw_configs_too():
     assert keys.keys() == set(NO_DECAY)
 
 
+@pytest.mark.parametrize('key', ['decay_rate', 'layer_decay_rate'])
+def test_layer_decay_of_the_old_backbone_is_removed(key):
+    """mmseg's BEiT calls it layer_decay_rate, its ConvNeXt decay_rate."""
+    cfg = load_config('mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py')
+    cfg.optim_wrapper.constructor = 'LayerDecayOptimizerConstructor'
+    cfg.optim_wrapper.paramwise_cfg = {'num_layers': 12, key: 0.9}
+    after = plug(cfg)
+    assert 'constructor' not in after.optim_wrapper
+    assert after.optim_wrapper.paramwise_cfg.keys() == {'custom_keys'}
+
+
 def test_bias_lr_mult_is_removed_with_sgd():
     before = load_config('mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py')
     assert before.optim_wrapper.paramwise_cfg.bias_lr_mult == 2.0
