@@ -91,8 +91,8 @@ class WindowAttention(nn.Module):
         """Factor on the scores: a number, or a tensor (h,) for cosine attention."""
         return self.scale
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, (B, H, W, C) -> (B, H, W, 3C)."""
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Queries, keys and values, (B, H, W, C) -> (B, H, W, 3C); ``bias`` is :meth:`qkv_bias`, if known."""
         return self.qkv(x)
 
     def forward(self, x: Tensor, window: Size, shift: Size = (0, 0)) -> Tensor:
@@ -110,7 +110,7 @@ class WindowAttention(nn.Module):
         if is_plain_linear(self.qkv):
             # Padded tokens project to the qkv bias, which kernels insert.
             bias = self.qkv_bias()
-            qkv = self.project(x)
+            qkv = self.project(x, bias)
             pad = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias.to(qkv.dtype)
         else:
             # Hooks, adapters and quantized layers may map zeros to any value: pad first, as the official code does.
@@ -171,9 +171,9 @@ class WindowAttentionV2(WindowAttention):
             return None
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
-    def project(self, x: Tensor) -> Tensor:
-        """Queries, keys and values, (B, H, W, C) -> (B, H, W, 3C)."""
-        bias = self.qkv_bias()
+    def project(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Queries, keys and values, (B, H, W, C) -> (B, H, W, 3C); ``bias`` is :meth:`qkv_bias`, if known."""
+        bias = self.qkv_bias() if bias is None else bias
         if is_plain_linear(self.qkv):
             return F.linear(x, self.qkv.weight, bias)
         qkv = self.qkv(x)
