@@ -26,7 +26,8 @@ def require_no_pickles(cfg: Config, *parts: str) -> None:
     """
     sections = [f'{part}_{kind}' for part in parts if part != 'model' for kind in ('dataloader', 'evaluator')]
     sections += ['model'] * ('model' in parts)
-    found = {value: key for section in sections for key, value in _pickles(cfg.get(section), section)}
+    opened = (item for section in sections for item in find_code_files(cfg.get(section), section))
+    found = {value: key for key, value in opened if not set(key.split('.')) & set(_NOT_OPENED)}
     if found:
         listed = ', '.join(f'{value} ({key})' for value, key in found.items())
         raise InputError(
@@ -35,21 +36,29 @@ def require_no_pickles(cfg: Config, *parts: str) -> None:
         )
 
 
-def _pickles(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, value) of every setting that makes a loader open a pickle or YAML file."""
+def find_code_files(node: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Find every setting that makes a loader of mmengine, mmdet or mmseg open a pickle or YAML file.
+
+    Args:
+        node: a config, or a part of one.
+        path: its dotted key.
+
+    Yields:
+        (dotted key, value) of each setting.
+    """
     if isinstance(node, dict):
         if 'OccludedSeparated' in str(node.get('type')):  # its defaults are pickles to download
             yield f'{path}.type', str(node['type'])
         for key, value in node.items():
-            if key not in _NOT_OPENED:
-                yield from _pickles(value, f'{path}.{key}')
+            yield from find_code_files(value, f'{path}.{key}')
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
-            yield from _pickles(value, f'{path}.{index}')
+            yield from find_code_files(value, f'{path}.{index}')
     elif isinstance(node, str):
         # mmengine's file handlers go by the suffix, or by a setting such as file_format='pkl'; mmseg's reader of
         # medical images by decode_backend='pickle'.
-        is_format = path.endswith(('.file_format', '.decode_backend')) and node in ('pkl', 'pickle', 'yaml', 'yml')
-        is_yaml = path.endswith('_file') and node.lower().endswith(('.yaml', '.yml'))
-        if is_format or is_yaml or node.lower().endswith(('.pkl', '.pickle')):
+        text = node.lower()
+        is_format = path.endswith(('.file_format', '.decode_backend')) and text in ('pkl', 'pickle', 'yaml', 'yml')
+        is_yaml = path.endswith('_file') and text.endswith(('.yaml', '.yml'))
+        if is_format or is_yaml or text.endswith(('.pkl', '.pickle')):
             yield path, node

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
 from swin_mm.models.inference import optimize_for_inference
 from swin_mm.models.swin import SwinPyramid
+from swin_mm.openmmlab.loading import unwrap_model
 
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 
@@ -44,9 +45,7 @@ def set_autocast(model: nn.Module, dtype: str) -> None:
     """
     if dtype == 'fp32':
         return
-    inner: Any = model
-    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
-        inner = inner.module
+    inner = unwrap_model(model)
     name = 'encode_decode' if hasattr(inner, 'encode_decode') else 'extract_feat'
     device = next(inner.parameters()).device.type
     setattr(inner, name, _with_autocast(getattr(inner, name), device, DTYPES[dtype]))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
 from swin_mm.engine.dataloading import seed_all
+from swin_mm.openmmlab.loading import unwrap_model
 from swin_mm.utils.errors import Stopped
 from swin_mm.utils.files import atomic_write
 
@@ -146,7 +146,9 @@ class ExactResumeHook(Hook):
         """Store gradients that no step has used yet."""
         wrapper = runner.optim_wrapper
         if get_world_size() == 1 and isinstance(wrapper, OptimWrapper) and not wrapper.should_update():
-            gradients = {name: p.grad for name, p in _module(runner).named_parameters() if p.grad is not None}
+            gradients = {
+                name: p.grad for name, p in unwrap_model(runner.model).named_parameters() if p.grad is not None
+            }
             checkpoint['gradients'] = {name: gradient.cpu() for name, gradient in gradients.items()}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -157,11 +159,7 @@ class ExactResumeHook(Hook):
         """Restore the stored gradients."""
         if not runner.iter:
             return
-        for name, parameter in _module(runner).named_parameters():
+        for name, parameter in unwrap_model(runner.model).named_parameters():
             if name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter.device)
         self._gradients = {}
-
-
-def _module(runner: Runner) -> torch.nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model

@@ -7,7 +7,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_distributed
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, load_state_dict
 from torch import nn
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from swin_mm.engine.dataloading import with_sample_errors
 from swin_mm.openmmlab.config import config_errors
-from swin_mm.openmmlab.loading import read_for_mmengine, require_complete
+from swin_mm.openmmlab.loading import read_for_mmengine, require_complete, unwrap_model
 from swin_mm.utils.errors import CheckpointError, InputError, one_line
 
 # mmengine's loops -> ours, which take the same arguments.
@@ -60,7 +59,7 @@ class SafeRunner(Runner):
         if self.must_be_complete:
             load_complete(self.model, state, filename)
         else:
-            load_state_dict(_inner(self.model), state, strict, logger=self.logger)
+            load_state_dict(unwrap_model(self.model), state, strict, logger=self.logger)
         self.logger.info(f'Loaded checkpoint {filename}')
         return checkpoint
 
@@ -103,7 +102,7 @@ def load_complete(model: nn.Module, state: dict[str, Any], source: str) -> None:
     """
     state = _renamed(state, [(r'^module\.', '')])  # saved from a wrapper for several GPUs
     require_complete(model, state, source)
-    load_state_dict(_inner(model), state)
+    load_state_dict(unwrap_model(model), state)
 
 
 def _renamed(state: dict[str, Any], patterns: list[tuple[str, str]]) -> dict[str, Any]:
@@ -113,13 +112,6 @@ def _renamed(state: dict[str, Any], patterns: list[tuple[str, str]]) -> dict[str
     if hasattr(state, '_metadata'):  # torch keeps versions of layers there
         result._metadata = state._metadata  # type: ignore[attr-defined]  # not in the type of OrderedDict
     return result
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    inner: Any = model
-    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
-        inner = inner.module
-    return inner
 
 
 def build_runner(cfg: Config) -> Runner:

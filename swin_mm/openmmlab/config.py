@@ -17,7 +17,6 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
-from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.environment import SCOPES, install_command, require
 from swin_mm.utils.errors import CheckpointError, DependencyError, InputError, one_line
 
@@ -127,16 +126,10 @@ def require_data(cfg: Config, *parts: str) -> None:
         )
 
 
-def require_pretrained(cfg: Config) -> None:
-    """Read every local checkpoint that an ``init_cfg`` of the model names, to fail before training starts.
-
-    Raises:
-        CheckpointError: a checkpoint is missing or cannot be read.
-    """
-    for node in iter_dicts(cfg.get('model')):
-        path = node.get('checkpoint')
-        if 'Pretrained' in str(node.get('type')) and isinstance(path, str) and not _is_remote(path):
-            read_checkpoint(path)
+def type_name(options: dict) -> str:
+    """The name of what a config builds, without a scope; configs in pure Python give the class itself."""
+    kind = options.get('type')
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def build_model(cfg: Config, options: ConfigDict) -> nn.Module:

@@ -104,6 +104,13 @@ NAMES = {
 }
 
 
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for several processes and for test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = cast(nn.Module, model.module)
+    return model
+
+
 def require_complete(model: nn.Module, state_dict: Mapping[str, Any], source: str) -> None:
     """Raise unless a checkpoint gives every parameter and persistent buffer of a model its value.
 
@@ -124,9 +131,7 @@ def require_complete(model: nn.Module, state_dict: Mapping[str, Any], source: st
             names the first of each kind. Keys outside of backbones that the model does not have are no error by
             themselves; they are listed when something else is wrong.
     """
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = cast(nn.Module, model.module)
-    skeleton = _on_meta(model)
+    skeleton = _on_meta(unwrap_model(model))
     # mmengine does not count BatchNorm's counters as missing.
     state = {key: value for key, value in skeleton.state_dict().items() if key.endswith('num_batches_tracked')}
     state |= {re.sub(r'^module\.', '', key): _meta(value) for key, value in state_dict.items()}

@@ -22,7 +22,14 @@ from torch import Tensor, nn
 
 from swin_mm.checkpoints.namings import MMDET
 from swin_mm.models.swin import ARCHS
-from swin_mm.openmmlab.config import is_pure_python, iter_dicts, load_config, raise_missing_dependency, with_type_names
+from swin_mm.openmmlab.config import (
+    is_pure_python,
+    iter_dicts,
+    load_config,
+    raise_missing_dependency,
+    type_name,
+    with_type_names,
+)
 from swin_mm.openmmlab.layer_decay import NO_DECAY, NO_DECAY_V2
 from swin_mm.utils.errors import InputError, one_line
 from swin_mm.utils.files import atomic_write
@@ -193,11 +200,11 @@ def _scope(cfg: Config) -> str | None:
 
 
 def _is_swin(node: Any) -> bool:
-    return isinstance(node, dict) and _name(node) in ('SwinTransformer', 'SwinTransformerV2')
+    return isinstance(node, dict) and type_name(node) in ('SwinTransformer', 'SwinTransformerV2')
 
 
 def _has_size_and_version(node: dict, arch: str | None, v2: bool) -> bool:
-    return arch in (None, _arch(node)) and (not v2 or _name(node).endswith('V2'))
+    return arch in (None, _arch(node)) and (not v2 or type_name(node).endswith('V2'))
 
 
 def _arch(node: dict) -> str | None:
@@ -215,7 +222,7 @@ def _convert_swin(node: dict, scope: str, checkpoint: str | None) -> None:
     library = node['type'].partition('.')[0] if '.' in node['type'] else scope
     if library in ('mmpretrain', 'mmcls'):
         _translate_mmpretrain(node)
-    node['type'] = f'swin_mm.{_name(node)}'
+    node['type'] = f'swin_mm.{type_name(node)}'
     if checkpoint:
         node.pop('pretrained', None)
         node['init_cfg'] = {'type': 'Pretrained', 'checkpoint': checkpoint}
@@ -290,7 +297,7 @@ def _replace(owner: dict, arch: str, v2: bool, checkpoint: str | None, scope: st
 
 def _refuse_method_backbones(owner: dict, backbone: dict) -> None:
     """Raise for models that only work with their own backbone."""
-    name = _name(backbone)
+    name = type_name(backbone)
     if name in METHOD_BACKBONES or 'backbone_cfg' in backbone:
         raise InputError(f'cannot be plugged: {name} is part of the method, whose heads need its special outputs')
     if any('shared_head' in node for node in iter_dicts(owner.get('roi_head'))):
@@ -301,7 +308,7 @@ def _refuse_method_backbones(owner: dict, backbone: dict) -> None:
 
 def _choose_stages(backbone: dict, strides: list[float], scope: str) -> list[int]:
     """Choose the Swin stage for each output: the one of the nearest stride, or the next where strides repeat."""
-    name, count = _name(backbone), len(strides)
+    name, count = type_name(backbone), len(strides)
     refusal = f'cannot be plugged: {name} gives maps of strides [{_join(strides)}], a Swin has {list(STRIDES)}'
     if count > 4 or strides != sorted(strides) or strides[0] < 4 or strides[-1] > 32:
         raise InputError(refusal)
@@ -383,7 +390,7 @@ def _adapt_neck(owner: dict, old: list[Level], new: list[Level], scope: str, rep
     """Adapt the neck, and the heads behind it, to the maps of the new backbone. Returns whether all maps are read."""
     neck = owner['neck']
     first = neck[0] if isinstance(neck, list) else neck
-    name = _name(first)
+    name = type_name(first)
     try:
         before, _ = _run(neck, old, scope, 'neck')
     except InputError:  # it needs operators that exist only on GPUs, or inputs other than maps
@@ -461,7 +468,7 @@ def _adapt_heads(owner: dict, old: list[Level], new: list[Level], scope: str, re
             at = 0 if head.get('input_transform') == 'resize_concat' else -1
             note = _scale_pixel_arguments(head, comparison.before[at] / comparison.after[at], scope)
             report.notes.append(
-                f'{name} ({_name(head)}) reads maps of stride {_join(comparison.after)}, before '
+                f'{name} ({type_name(head)}) reads maps of stride {_join(comparison.after)}, before '
                 f'{_join(comparison.before)}{note}'
             )
     return read
@@ -615,7 +622,7 @@ def _set_optimizer(cfg: Config, recipe: Recipe, no_decay: tuple[str, ...], repor
     if layer_decay:  # it counts the layers of the old backbone
         wrapper.pop('constructor', None)
         paramwise = {k: v for k, v in paramwise.items() if k not in (*layer_decay, 'decay_type', 'num_layers')}
-    is_adam = 'Adam' in _name(wrapper['optimizer'])
+    is_adam = 'Adam' in type_name(wrapper['optimizer'])
     if not is_adam and 'bias_lr_mult' in paramwise:  # a custom of SGD
         paramwise = {k: v for k, v in paramwise.items() if k != 'bias_lr_mult'}
         report.notes.append('optim_wrapper: removed bias_lr_mult, which is meant for SGD')
@@ -641,7 +648,7 @@ def _set_optimizer(cfg: Config, recipe: Recipe, no_decay: tuple[str, ...], repor
 
 def _is_warmup(scheduler: dict) -> bool:
     """Whether the learning rate rises under a scheduler."""
-    name = _name(scheduler)
+    name = type_name(scheduler)
     if name in ('LinearLR', 'ConstantLR'):
         start = scheduler.get('start_factor' if name == 'LinearLR' else 'factor', 1 / 3)
         return start < scheduler.get('end_factor', 1.0)
@@ -668,7 +675,7 @@ def _add_warmup(schedulers: list[dict], recipe: Recipe, train_cfg: dict, report:
     unit = 'epochs' if warmup['by_epoch'] else 'iterations'
     report.notes.append(f'param_scheduler: added a warm-up of {warmup["end"]} {unit}')
     for scheduler in schedulers:
-        follows = _name(scheduler) in ('PolyLR', 'CosineAnnealingLR') and 'T_max' not in scheduler
+        follows = type_name(scheduler) in ('PolyLR', 'CosineAnnealingLR') and 'T_max' not in scheduler
         same_unit = scheduler.get('by_epoch', True) == warmup['by_epoch']
         if follows and same_unit and scheduler.get('begin', 0) == 0:
             scheduler['begin'] = warmup['end']
@@ -822,10 +829,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _lost(old: dict, new: dict) -> bool:
     return bool(old.keys() - new.keys())
-
-
-def _name(node: dict) -> str:
-    return str(node.get('type')).rpartition('.')[2]
 
 
 def _plain(node: dict) -> dict:

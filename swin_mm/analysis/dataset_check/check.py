@@ -33,14 +33,13 @@ from swin_mm.analysis.dataset_check.findings import (
 from swin_mm.analysis.dataset_check.folders import label_values, missing_file_findings, unused_files, why_empty
 from swin_mm.analysis.dataset_check.report import Part, Report
 from swin_mm.analysis.dataset_check.samples import Facts, LabelValues, Sample, Task, inspect_sample
-from swin_mm.analysis.dataset_check.schedule import epoch_length, long_warmup, type_name
-from swin_mm.openmmlab.config import iter_dicts, reads_segments
+from swin_mm.analysis.dataset_check.schedule import epoch_length, long_warmup
+from swin_mm.engine.config_pickles import find_code_files
+from swin_mm.openmmlab.config import iter_dicts, reads_segments, type_name
 from swin_mm.utils.errors import InputError, one_line
 
 # Parts of a model whose number of classes is not that of the dataset.
 OTHER_HEADS = {'backbone', 'neck', 'rpn_head', 'semantic_head', 'data_preprocessor', 'train_cfg', 'test_cfg'}
-PICKLES = ('.pkl', '.pickle')
-YAML = ('.yaml', '.yml')  # mmengine's loader of YAML calls whatever functions the file names
 
 
 def check_datasets(cfg: Config, names: Iterable[str], workers: int | None = None) -> Report:
@@ -56,7 +55,12 @@ def check_datasets(cfg: Config, names: Iterable[str], workers: int | None = None
     """
     names = list(names)
     for name in names:
-        _require_no_code(cfg[f'{name}_dataloader'], f'{name}_dataloader')
+        section = f'{name}_dataloader'
+        for key, value in find_code_files(cfg[section], section):
+            raise InputError(
+                f'{section}: {key.rpartition(".")[2]}={value!r} is not read, because pickles and YAML can run code; '
+                'convert it to JSON, or leave the setting out'
+            )
     init_default_scope(cfg.get('default_scope') or 'mmengine')
     parts: dict[str, Part] = {}
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(workers) as pool:
@@ -88,22 +92,6 @@ class _Loaded:
     def restricted(self, count: int) -> dict:
         """The config with some samples of contrasting sizes alone."""
         return {**self.leaf, 'indices': contrasting(self.sizes, count), 'max_refetch': 20, 'lazy_init': True}
-
-
-def _require_no_code(dataloader: dict, where: str) -> None:
-    """Refuse files that mmengine or mmseg would read in a way that can run code.
-
-    Raises:
-        InputError: there is one.
-    """
-    for node in iter_dicts(dataloader):
-        for key, value in node.items():
-            text = value.lower() if isinstance(value, str) else ''
-            is_code = text.endswith(PICKLES) or (key.endswith('_file') and text.endswith(YAML))
-            is_format = key in ('decode_backend', 'file_format') and text in ('pkl', 'pickle')
-            if is_code or is_format:
-                what = f'{where}: {key}={value!r} is not read, because pickles and YAML can run code'
-                raise InputError(f'{what}; convert it to JSON, or leave the setting out')
 
 
 def _leaves(dataset: dict) -> Iterator[dict]:

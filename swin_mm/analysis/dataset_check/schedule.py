@@ -5,6 +5,8 @@ from typing import Any
 
 from mmengine.config import Config
 
+from swin_mm.openmmlab.config import type_name
+
 
 def long_warmup(cfg: Config, images: int) -> str | None:
     """What to change if the warm-up takes more than a tenth of the training, on one GPU; None if it does not.
@@ -29,12 +31,6 @@ def long_warmup(cfg: Config, images: int) -> str | None:
             what = f'the warm-up takes {warmup:,} iterations, more than a tenth of the training ({length}, on one GPU)'
             return f'{what}; set param_scheduler.{index}.end={end}, or train for longer'
     return None
-
-
-def type_name(options: dict) -> str:
-    """The name of what a config builds, without a scope; configs in pure Python give the class itself."""
-    kind = options.get('type')
-    return str(getattr(kind, '__name__', kind)).rpartition('.')[2]
 
 
 def epoch_length(dataset: Any, sizes: list[int]) -> int:
