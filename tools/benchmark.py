@@ -1,6 +1,6 @@
 """Compare the speed of our Swin with mmdet's, transformers' and timm's, and with the peak of the machine.
 
-    python tools/benchmark.py --preset cpu       the figures for a CPU and their bars, in 8 minutes on 2 cores
+    python tools/benchmark.py --preset cpu       the figures for a CPU and their bars, in 6 minutes on 2 cores
     python tools/benchmark.py --preset gpu       the same for a GPU; PyTorch, Triton and NumPy are enough
     python tools/benchmark.py --preset growth    time and memory against pixels and against images per batch
     python tools/benchmark.py --preset models    whole Mask R-CNN and UPerNet, and the backbone's share
