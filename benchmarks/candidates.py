@@ -87,6 +87,7 @@ RIVALS = {'mmdet': mmdet_swin, 'transformers': transformers_swin, 'timm': timm_s
 OPTIMIZED = 'ours/optimized'  # inference only; the plain model until it has its weights, see Bench.build
 OURS = {'ours': our_swin, OPTIMIZED: our_swin}
 OURS |= {f'ours/{kernel}': partial(our_swin, attention=kernel) for kernel in KERNELS}
+OURS['ours/fused_norm'] = partial(our_swin, fused_norm=True)  # acts on GPUs
 CANDIDATES = RIVALS | OURS
 AUTOCAST = ('mmdet', 'stock')  # their masks stay fp32, which rules out weights of another type
 TWINS = ('mmdet', 'stock', 'ours')  # get the same weights and are compared

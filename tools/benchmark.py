@@ -2,6 +2,7 @@
 
     python tools/benchmark.py --preset cpu       the figures for a CPU and their bars, in 6 minutes on 2 cores
     python tools/benchmark.py --preset gpu       the same for a GPU; PyTorch, Triton and NumPy are enough
+    python tools/benchmark.py --preset count     kernel launches and bytes of a GPU, counted without one, in a minute
     python tools/benchmark.py --preset growth    time and memory against pixels and against images per batch
     python tools/benchmark.py --preset models    whole Mask R-CNN and UPerNet, and the backbone's share
     python tools/benchmark.py --sizes 512,800x1333 --dtypes fp32,bf16 --kernels auto,sdpa --against mmdet --compile
@@ -38,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from benchmarks import report  # noqa: E402
+from benchmarks import count_gpu, report  # noqa: E402
 from benchmarks.candidates import CONFIGS, DTYPES, INFER, OURS, RIVALS, TRAIN, Size  # noqa: E402
 from benchmarks.measure import measure  # noqa: E402
 from benchmarks.presets import PRESETS, choose  # noqa: E402
@@ -67,7 +68,9 @@ def parse_args() -> Namespace:
         return [(height, width) for height, width in (pair * 2 if len(pair) == 1 else pair for pair in pairs)]
 
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument('--preset', choices=[name for name in PRESETS if name], help='a preset of the options below')
+    parser.add_argument(
+        '--preset', choices=[*(name for name in PRESETS if name), 'count'], help='a preset of the options below'
+    )
     parser.add_argument('--task', type=listed(*CONFIGS), help='with --preset models: of detection,segmentation')
     parser.add_argument('--what', type=listed(INFER, TRAIN), help='of inference,training')
     parser.add_argument('--dtypes', type=listed(*DTYPES), help='of fp32,bf16,fp16, the last on GPUs only')
@@ -94,6 +97,8 @@ def parse_args() -> Namespace:
         parser.error('--preset gpu: torch sees no GPU; --device cpu --quick checks that everything runs')
     if args.device == 'cpu' and 'fp16' in (args.dtypes or ()):
         parser.error('--dtypes fp16: on GPUs only')
+    if args.preset == 'count' and importlib.util.find_spec('triton') is None:
+        parser.error('--preset count: needs Triton, whose kernels are counted; pip install triton')
     if args.out.exists() and not args.out.is_dir():
         parser.error(f'--out {args.out}: is a file, name a folder')
     args.arch = TINY if args.quick else ARCHS[args.arch]
@@ -102,6 +107,8 @@ def parse_args() -> Namespace:
 
 def main(args: Namespace) -> int:
     """Measure, write and show; 1 if a candidate failed or deviates, 2 if the results cannot be written."""
+    if args.preset == 'count':
+        return count(args)
     cases, bars = choose(
         args.preset,
         args.device,
@@ -127,6 +134,17 @@ def main(args: Namespace) -> int:
         return 2
     print(f'written: {args.out}/benchmark.*')
     return int(any('note' in row for result in record['results'] for row in result['rows'].values()))
+
+
+def count(args: Namespace) -> int:
+    """Count launches and bytes; 2 if the results cannot be written."""
+    try:
+        count_gpu.run(args.out, args.arch, args.quick)
+    except InputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    print(f'written: {args.out}/count.json')
+    return 0
 
 
 if __name__ == '__main__':

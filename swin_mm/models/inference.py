@@ -18,9 +18,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_mm.models.swin import Mlp, SwinBlock, SwinBlockV2, SwinPyramid
-from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2, has_hooks, is_plain_linear
-from swin_mm.ops.windows import Size, tracing
+from swin_mm.models.residual import add_norm, merge_norm, norm_dtype, on_gpu
+from swin_mm.models.swin import (
+    Chained,
+    Mlp,
+    PatchEmbed,
+    PatchMerging,
+    SwinBlock,
+    SwinBlockV2,
+    SwinPyramid,
+    SwinStage,
+)
+from swin_mm.models.window_attention import (
+    WindowAttention,
+    WindowAttentionV2,
+    has_hooks,
+    is_plain_linear,
+    product_dtype,
+)
+from swin_mm.ops.windows import Size, recording, tracing
 
 TILE_TOKENS = 8192  # tokens of a map that a block processes at a time on a CPU
 
@@ -84,10 +100,9 @@ class FrozenSwin(nn.Module):
         self.out_indices = backbone.out_indices
         self._weight = backbone.patch_embed.proj.weight.detach()
         stages: Any = backbone.layers  # nn.ModuleList does not know the type of its items
-        for stage in stages:
-            stage.blocks = nn.ModuleList(map(_freeze_block, stage.blocks))
-            if stage.downsample is not None and is_plain_linear(stage.downsample.reduction):
-                stage.downsample.reduction = PackedLinear.of(stage.downsample.reduction)
+        backbone.layers = nn.ModuleList(map(FrozenStage, stages))
+        backbone.patch_embed = _freeze_patch_embed(backbone.patch_embed)  # type: ignore[assignment]
+        backbone.fused_norm = True
         self._hidden = (backbone,)  # in a tuple: not registered as a child, so that this module has no parameters
         self.training = False
 
@@ -158,28 +173,37 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """(..., in_features) -> (..., out_features), followed by GELU if ``gelu``."""
-        if tracing():
+        if recording():
             out = F.linear(x, self._weight, self._bias)
             return F.gelu(out) if gelu else out
-        dtype = _product_dtype(x)
-        if dtype not in self._packed:
-            weight, bias = self._weight.to(dtype), None if self._bias is None else self._bias.to(dtype)
-            self._packed[dtype] = (_mkldnn().reorder(weight) if _onednn_supports(x, dtype) else weight, bias)
-        weight, bias = self._packed[dtype]
+        dtype = product_dtype(x)
+        x = x.to(dtype)
+        weight, bias = self._packed.get(dtype) or self._pack(x)
         if weight.is_mkldnn:
-            return _mkldnn().linear(x.to(dtype), weight, bias, gelu)
-        out = F.linear(x.to(dtype), weight, bias)
+            return _mkldnn().linear(x, weight, bias, gelu)
+        if gelu and bias is not None and _has_gelu_epilogue(x):
+            out = torch._addmm_activation(bias, x.flatten(0, -2), weight.t(), use_gelu=True)
+            return out.view(*x.shape[:-1], -1)
+        out = F.linear(x, weight, bias)
         return F.gelu(out) if gelu else out
+
+    def bias_like(self, out: Tensor) -> Tensor:
+        """The bias in the type of an output, or zeros."""
+        if self._bias is None:
+            return out.new_zeros(out.shape[-1])
+        packed = None if recording() else self._packed.get(out.dtype)
+        return self._bias.to(out.dtype) if packed is None or packed[1] is None else packed[1]
+
+    def _pack(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias for inputs like ``x``; kept for the next call unless a CUDA graph is recorded."""
+        weight, bias = self._weight.to(x.dtype), None if self._bias is None else self._bias.to(x.dtype)
+        packed = _mkldnn().reorder(weight) if _onednn_supports(x, x.dtype) else weight, bias
+        if not tracing():
+            self._packed[x.dtype] = packed
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), '_packed': {}}  # tensors in oneDNN's layout can be neither copied nor pickled
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes."""
-    kind = x.device.type
-    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if mixed else x.dtype
 
 
 class _Mkldnn:
@@ -218,6 +242,14 @@ def _onednn_supports(x: Tensor, dtype: torch.dtype) -> bool:
     return found is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and found.has_bf16))
 
 
+def _has_gelu_epilogue(x: Tensor) -> bool:
+    """Whether ``torch._addmm_activation``, which is private, fuses GELU into the product on this device.
+
+    It is GELU's tanh approximation there. In 16 bits its error is far below that of rounding; in float32 it is not.
+    """
+    return on_gpu(x) and x.dtype in (torch.float16, torch.bfloat16) and hasattr(torch, '_addmm_activation')
+
+
 class FrozenAttention(nn.Module):
     """Window attention with packed projections and precomputed position biases.
 
@@ -229,8 +261,7 @@ class FrozenAttention(nn.Module):
         super().__init__()
         self.window = attn.window
         self.attention_fn = attn.attention_fn
-        self._qkv_bias = attn.qkv_bias()
-        self.qkv = PackedLinear(attn.qkv.weight, self._qkv_bias)
+        self.qkv = PackedLinear(attn.qkv.weight, attn.qkv_bias())
         self.proj = PackedLinear.of(attn.proj)
         self._scale = attn.score_scale()
         self._position_bias = attn.position_bias
@@ -238,15 +269,58 @@ class FrozenAttention(nn.Module):
 
     def forward(self, x: Tensor, window: Size, shift: Size = (0, 0)) -> Tensor:
         """See :meth:`swin_mm.models.window_attention.WindowAttention.forward`."""
-        if tracing():
+        bias = None if recording() else self._biases.get(window)
+        if bias is None:
             bias = self._position_bias(window)
-        else:
-            if window not in self._biases:
-                self._biases[window] = self._position_bias(window)
-            bias = self._biases[window]
+            if not tracing():
+                self._biases[window] = bias
         qkv = self.qkv(x)
-        pad = qkv.new_zeros(qkv.shape[-1]) if self._qkv_bias is None else self._qkv_bias.to(qkv.dtype)
+        pad = self.qkv.bias_like(qkv)
         return self.proj(self.attention_fn(qkv, pad, bias, window, shift, self._scale))
+
+
+class FrozenPatchEmbed(nn.Module):
+    """The patch embedding; on GPUs, one copy that lines up the pixels of each patch, and a matrix product.
+
+    A convolution would cast its weight in every call under autocast, and its result would have to be transposed.
+
+    Args:
+        embed: a patch embedding with a plain convolution.
+    """
+
+    def __init__(self, embed: PatchEmbed) -> None:
+        super().__init__()
+        self.embed = embed
+        self.linear = PackedLinear(embed.proj.weight.flatten(1), embed.proj.bias)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """See :meth:`swin_mm.models.swin.PatchEmbed.forward`."""
+        if not on_gpu(image) or recording():
+            return self.embed(image)
+        image = self.embed.pad(image)
+        B, channels, Hp, Wp = image.shape
+        h, w = self.embed.patch
+        # (B, c, H, h, W, w) -> (B, H, W, c, h, w)
+        patches = image.view(B, channels, Hp // h, h, Wp // w, w).permute(0, 2, 4, 1, 3, 5)
+        rows = patches.new_empty(patches.shape, dtype=product_dtype(image)).copy_(patches)
+        x = self.linear(rows.flatten(3))
+        return add_norm(x, None, self.embed.norm, dtype=norm_dtype(x))[1]
+
+
+class FrozenMerging(nn.Module):
+    """The patch merging of V1; on GPUs, one kernel gathers the neighbours and normalises them.
+
+    Args:
+        merging: a patch merging.
+    """
+
+    def __init__(self, merging: PatchMerging) -> None:
+        super().__init__()
+        self.merging = merging
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See :meth:`swin_mm.models.swin.PatchMerging.forward`."""
+        return self.merging.reduction(merge_norm(x, self.merging))
 
 
 class FrozenMlp(nn.Module):
@@ -264,6 +338,25 @@ class FrozenMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         return self.fc2(self.fc1(x, gelu=True))
+
+
+class FrozenStage(SwinStage):
+    """A stage of optimised blocks.
+
+    Args:
+        stage: a stage without hooks.
+    """
+
+    def __init__(self, stage: SwinStage) -> None:
+        downsample = None if stage.downsample is None else _freeze_merging(cast(PatchMerging, stage.downsample))
+        super().__init__([*map(_freeze_block, stage.blocks)], downsample, with_cp=False)
+
+    def chain(self, x: Tensor) -> Chained:
+        """See :meth:`swin_mm.models.swin.SwinStage.chain`."""
+        blocks = [block.block for block in self.blocks if isinstance(block, TiledBlock)]
+        if not blocks or len(blocks) < len(self.blocks):
+            return self(x), None, None
+        return blocks[0].chain(blocks, x)
 
 
 class TiledBlock(nn.Module):
@@ -318,6 +411,21 @@ def tiles(height: int, window: int, shift: int, count: int) -> Iterator[tuple[li
         yield [slice(0, shift), slice(end, height)], shift
     elif end < height:
         yield [slice(end, height)], 0
+
+
+def _freeze_patch_embed(embed: PatchEmbed) -> nn.Module:
+    """Optimise a patch embedding if its convolution is the usual one; otherwise return it unchanged."""
+    proj = embed.proj
+    usual = type(embed) is PatchEmbed and type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == embed.patch
+    usual = usual and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
+    return FrozenPatchEmbed(embed) if usual else embed
+
+
+def _freeze_merging(merging: PatchMerging) -> nn.Module:
+    """Optimise a patch merging, as far as its parts are known."""
+    if is_plain_linear(merging.reduction):
+        merging.reduction = PackedLinear.of(merging.reduction)  # type: ignore[assignment]
+    return FrozenMerging(merging) if type(merging) is PatchMerging else merging
 
 
 def _freeze_block(block: nn.Module) -> nn.Module:

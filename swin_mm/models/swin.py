@@ -5,7 +5,7 @@ Maps are (B, H, W, C) inside; NCHW appears only at the image and at the pyramid'
 Papers: V1 arXiv 2103.14030, V2 arXiv 2111.09883.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -34,9 +34,10 @@ from swin_mm.models.arguments import (
     require_with_cp,
     shorten,
 )
-from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2
+from swin_mm.models.residual import DropPath, add_branch, add_norm, norm_add, norm_dtype, on_gpu
+from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2, has_hooks
 from swin_mm.ops.attention import KERNELS
-from swin_mm.ops.windows import Size, padded_size, tracing
+from swin_mm.ops.windows import Size, padded_size, recording, tracing
 
 ARCHS: dict[str, dict[str, Any]] = {
     't': {'embed_dims': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
@@ -47,52 +48,41 @@ ARCHS: dict[str, dict[str, Any]] = {
 
 Norm = Callable[[int], nn.Module]  # channels -> norm over the last axis
 Act = Callable[[], nn.Module]
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: in training, drop a sample's whole residual branch with probability ``rate``."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zero some samples of (B, ...), and scale the others so that the expectation is preserved."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = x.new_empty(x.shape[:1] + (1,) * (x.ndim - 1)).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
-
-    def extra_repr(self) -> str:
-        """Extra text in the printed model."""
-        return f'rate={self.rate:.3f}'
+Chained = tuple[Tensor, Tensor | None, nn.Module | None]  # x, and a branch and its stochastic depth, to be added
 
 
 class PatchEmbed(nn.Module):
     """Split the image into patches and embed each: (B, in_channels, H, W) -> (B, H / patch, W / patch, C)."""
 
-    def __init__(self, in_channels: int, dim: int, patch: Size, norm: Norm) -> None:
+    def __init__(self, in_channels: int, dim: int, patch: Size, norm: Norm, fused_norm: bool = False) -> None:
         super().__init__()
         self.patch = patch
+        self.fused_norm = fused_norm
         self.proj = nn.Conv2d(in_channels, dim, patch, patch)
         self.norm = norm(dim)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Embed an image of any size; it is zero-padded at the bottom and right to whole patches."""
+    def pad(self, image: Tensor) -> Tensor:
+        """Check an image, and zero-pad it at the bottom and right to whole patches."""
         check_image(image, getattr(self.proj, 'in_channels', None))
         H, W = image.shape[2:]
         Hp, Wp = padded_size((H, W), self.patch)
         if tracing() or (Hp, Wp) != (H, W):
             image = F.pad(image, (0, Wp - W, 0, Hp - H))
-        return self.norm(self.proj(image).permute(0, 2, 3, 1))
+        return image
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Embed an image of any size."""
+        x = self.proj(self.pad(image)).permute(0, 2, 3, 1)
+        return add_norm(x, None, self.norm, dtype=norm_dtype(x))[1] if self.fused_norm else self.norm(x)
 
 
 class PatchMerging(nn.Module):
     """Merge 2x2 neighbourhoods: (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), 2C)."""
 
-    def __init__(self, dim: int, stride: int, norm: Norm) -> None:
+    def __init__(self, dim: int, stride: int, norm: Norm, fused_norm: bool = False) -> None:
         super().__init__()
         self.stride = stride
+        self.fused_norm = fused_norm
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm(self.norm_dim(dim))
 
@@ -110,12 +100,16 @@ class PatchMerging(nn.Module):
         bottom, right = (rows - 1) * s + max(s, 2) - H, (columns - 1) * s + max(s, 2) - W
         if tracing() or bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        if s == 2:  # neighbourhoods do not overlap: one copy, (B, h, i, w, j, C) -> (B, h, w, j, i, C)
+            x = x.reshape(x.shape[0], rows, 2, columns, 2, x.shape[3]).permute(0, 1, 3, 4, 2, 5)
+            return x.reshape(x.shape[0], rows, columns, 4 * x.shape[5])
         ends = (rows - 1) * s + 1, (columns - 1) * s + 1  # one past the last top-left corner
         return torch.cat([x[:, i : i + ends[0] : s, j : j + ends[1] : s] for j in (0, 1) for i in (0, 1)], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve height and width (for stride 2), and double the channels."""
-        return self.reduction(self.norm(self.gather(x)))
+        x = self.gather(x)
+        return self.reduction(add_norm(x, None, self.norm)[1] if self.fused_norm else self.norm(x))
 
 
 class PatchMergingV2(PatchMerging):
@@ -213,8 +207,22 @@ class SwinBlock(nn.Module):
 
     def forward_windows(self, x: Tensor, window: Size, shift: Size) -> Tensor:
         """Apply the block with this window and shift, (B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path1(self.attn(self.norm1(x), window, shift))
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        x = add_branch(x, self.attn(self.norm1(x), window, shift), self.drop_path1)
+        return add_branch(x, self.mlp(self.norm2(x)), self.drop_path2)
+
+    @staticmethod
+    def chain(blocks: Iterable[Any], x: Tensor) -> Chained:
+        """Apply several blocks, with one kernel for each addition and the norm after it; see :func:`add_norm`.
+
+        A block's last branch is added by the next norm; that of the last block is returned.
+        """
+        branch = drop_path = None
+        for block in blocks:
+            x, normalised = add_norm(x, branch, block.norm1, drop_path)
+            branch = block.attn(normalised, *block.effective_window((x.shape[1], x.shape[2])))
+            x, normalised = add_norm(x, branch, block.norm2, block.drop_path1)
+            branch, drop_path = block.mlp(normalised), block.drop_path2
+        return x, branch, drop_path
 
 
 class SwinBlockV2(SwinBlock):
@@ -222,14 +230,24 @@ class SwinBlockV2(SwinBlock):
 
     def forward_windows(self, x: Tensor, window: Size, shift: Size) -> Tensor:
         """Apply the block with this window and shift, (B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path1(self.norm1(self.attn(x, window, shift)))
-        return x + self.drop_path2(self.norm2(self.mlp(x)))
+        x = add_branch(x, self.norm1(self.attn(x, window, shift)), self.drop_path1)
+        return add_branch(x, self.norm2(self.mlp(x)), self.drop_path2)
+
+    @staticmethod
+    def chain(blocks: Iterable[Any], x: Tensor) -> Chained:
+        """Apply several blocks, with one kernel for each norm and the addition after it; see :func:`norm_add`."""
+        cast = x  # x in the type of linear layers
+        for block in blocks:
+            branch = block.attn(cast, *block.effective_window((x.shape[1], x.shape[2])))
+            x, cast = norm_add(x, branch, block.norm1, block.drop_path1)
+            x, cast = norm_add(x, block.mlp(cast), block.norm2, block.drop_path2)
+        return x, None, None
 
 
 class SwinStage(nn.Module):
     """Blocks on one map, every second one with shifted windows, and the patch merging before the next stage."""
 
-    def __init__(self, blocks: Sequence[SwinBlock], downsample: PatchMerging | None, with_cp: bool) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], downsample: nn.Module | None, with_cp: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -243,6 +261,14 @@ class SwinStage(nn.Module):
             else:
                 x = block(x)
         return x
+
+    def chain(self, x: Tensor) -> Chained:
+        """Apply the blocks by their ``chain`` if they are plain, otherwise one by one."""
+        for kind in (SwinBlock, SwinBlockV2):
+            plain = all(type(block) is kind and not has_hooks(block) for block in self.blocks)
+            if plain and not has_hooks(self) and not self.with_cp:
+                return kind.chain(self.blocks, x)
+        return self(x), None, None
 
 
 class SwinPyramid(nn.Module):
@@ -275,6 +301,9 @@ class SwinPyramid(nn.Module):
             one boolean per stage for the blocks of some stages, 'mlp' for the hidden channels of every MLP.
         pad_small_map: see :class:`SwinBlock`.
         attention: name of the attention kernel, see :mod:`swin_mm.ops.attention`.
+        fused_norm: on NVIDIA GPUs in eager mode, compute each addition, the LayerNorm next to it and autocast's cast
+            by one Triton kernel, where these modules are plain: a faster training step. It is checked against the
+            definition at first use. It has no second derivatives.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -310,6 +339,7 @@ class SwinPyramid(nn.Module):
         with_cp: bool | Literal['mlp'] | Sequence[bool] = False,
         pad_small_map: bool = True,
         attention: str = 'auto',
+        fused_norm: bool = False,
     ) -> None:
         super().__init__()
         depths = require_depths('depths', depths)
@@ -336,7 +366,9 @@ class SwinPyramid(nn.Module):
         checkpointed, checkpoint_mlp = require_with_cp('with_cp', with_cp, len(depths))
         pad_small_map = require_bool('pad_small_map', pad_small_map)
         attention = require_choice('attention', attention, ('auto', *KERNELS))
+        fused_norm = require_bool('fused_norm', fused_norm)
 
+        self.fused_norm = fused_norm
         self.num_features = [embed_dims * 2**i for i in range(len(depths))]
         if patch != patch_stride:
             reject('patch_size', patch_size, f'the first of strides={shorten(strides)}, as patches do not overlap')
@@ -350,7 +382,7 @@ class SwinPyramid(nn.Module):
         if use_abs_pos_embed and (pretrain_size[0] < patch[0] or pretrain_size[1] < patch[1]):
             reject('pretrain_img_size', pretrain_img_size, f'at least a patch of patch_size={patch_size!r}')
 
-        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch, norm if patch_norm else nn.Identity)
+        self.patch_embed = PatchEmbed(in_channels, embed_dims, patch, norm if patch_norm else nn.Identity, fused_norm)
         self.absolute_pos_embed = None
         if use_abs_pos_embed:
             grid = [side // p for side, p in zip(pretrain_size, patch, strict=True)]
@@ -385,9 +417,8 @@ class SwinPyramid(nn.Module):
                 )
                 for j in range(depths[i])
             ]
-            merge = (
-                self.merging_type(dim, merging_strides[i], norm if patch_norm else nn.Identity) if i < last else None
-            )
+            merge_norm = norm if patch_norm else nn.Identity
+            merge = self.merging_type(dim, merging_strides[i], merge_norm, fused_norm) if i < last else None
             self.layers.append(SwinStage(blocks, merge, checkpointed[i]))
         for i in self.out_indices:
             self.add_module(f'norm{i}', norm(self.num_features[i]))
@@ -417,6 +448,8 @@ class SwinPyramid(nn.Module):
             For each stage i in ``out_indices`` its normalised map (B, embed_dims * 2**i, H / s, W / s), where s is the
             product of the strides so far (4, 8, 16, 32); sizes are rounded up at each stage.
         """
+        if self.fused_norm and on_gpu(image) and not recording():
+            return self.forward_fused(image)
         x = self.embed(image)
         maps = []
         stages: Any = self.layers  # nn.ModuleList does not know the type of its items
@@ -426,6 +459,23 @@ class SwinPyramid(nn.Module):
                 maps.append(
                     getattr(self, f'norm{i}')(x).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
                 )
+            if stage.downsample is not None:
+                x = stage.downsample(x)
+        return tuple(maps)
+
+    def forward_fused(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The same, with one kernel for each addition and the norm next to it, also from block to block."""
+        x = self.embed(image)
+        maps = []
+        stages: Any = self.layers
+        for i, stage in enumerate(stages):
+            x, branch, drop_path = stage.chain(x)
+            if i in self.out_indices:
+                norm = getattr(self, f'norm{i}')
+                x, normalised = add_norm(x, branch, norm, drop_path, norm_dtype(x), nchw=True)
+                maps.append(normalised)
+            elif branch is not None:
+                x = add_branch(x, branch, drop_path)
             if stage.downsample is not None:
                 x = stage.downsample(x)
         return tuple(maps)

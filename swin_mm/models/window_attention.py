@@ -31,6 +31,13 @@ def has_hooks(module: nn.Module) -> bool:
     return 'forward' in vars(module) or any(getattr(module, name, None) for name in HOOKS)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes: autocast's where that is on, otherwise that of its input."""
+    kind = 'cuda' if x.is_meta else x.device.type  # on meta tensors, work for a GPU is counted
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if mixed else x.dtype
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside windows with a learned relative position bias (Swin V1, section 3.2).
 

@@ -32,14 +32,14 @@ def functorch_active() -> bool:
     return getattr(torch._C, '_are_functorch_transforms_active', bool)()
 
 
+def recording() -> bool:
+    """Whether a compiler or tracer records operators, or a transform of :mod:`torch.func` changes them."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or functorch_active()
+
+
 def tracing() -> bool:
-    """Whether operators are being recorded or transformed: tensors created now must not be cached."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or functorch_active()
-        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
-    )
+    """Whether operators are being recorded, also in a CUDA graph: tensors created now must not be cached."""
+    return recording() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def _cached(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:

@@ -1,6 +1,7 @@
 """The pyramid: the steps of the paper, independent samples, numerics, export, gradients of all parameters."""
 
 import ast
+import itertools
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from support.oracles import SMALL, randomise, relative_error
 from torch import nn
 
-from swin_mm.models.swin import ARCHS, DropPath, SwinPyramid, SwinPyramidV2
+from swin_mm.models.swin import ARCHS, DropPath, PatchMerging, SwinPyramid, SwinPyramidV2
 from swin_mm.ops.attention import reference
 from swin_mm.ops.windows import region_mask, relative_index, window_partition, window_reverse
 
@@ -48,6 +49,29 @@ def test_intermediate_shapes_and_scores_follow_the_paper():
         assert (shifted.shift, region_mask((56, 56), (7, 7), (3, 3), x.device).shape) == ((3, 3), (64, 49, 49))
         assert model.layers[0](x).shape == (1, 56, 56, 96)
         assert model.layers[0].downsample(x).shape == (1, 28, 28, 192)
+
+
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('size', [(6, 8), (5, 8), (6, 3), (1, 1)])
+def test_merging_stacks_the_neighbours_column_by_column(stride, size):
+    """Bit for bit, and so does its gradient."""
+    x = torch.randn(2, *size, 3, requires_grad=True)
+    merging = PatchMerging(3, stride, nn.LayerNorm)
+    rows, columns = (-(-side // stride) for side in size)
+    expected = torch.zeros(2, rows, columns, 12)
+    grad = torch.randn(2, rows, columns, 12)
+    expected_grad = torch.zeros(2, *size, 3)
+    with torch.no_grad():
+        for y, x0, i, j in itertools.product(range(rows), range(columns), (0, 1), (0, 1)):
+            source, part = (y * stride + i, x0 * stride + j), slice(3 * (2 * j + i), 3 * (2 * j + i) + 3)
+            if source[0] < size[0] and source[1] < size[1]:
+                expected[:, y, x0, part] = x[:, source[0], source[1]]
+                expected_grad[:, source[0], source[1]] += grad[:, y, x0, part]
+    out = merging.gather(x)
+    assert torch.equal(out, expected)
+    (actual,) = torch.autograd.grad(out, x, grad)
+    torch.testing.assert_close(actual, expected_grad)
+    assert stride == 1 or torch.equal(actual, expected_grad)
 
 
 @BOTH

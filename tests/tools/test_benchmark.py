@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from support.tool_fixtures import ROOT
 from torch import nn
 
-from benchmarks import measure, presets, report
+from benchmarks import count_gpu, measure, presets, report
 from benchmarks.candidates import CANDIDATES, OPTIMIZED, Bench, Case
 from benchmarks.report import Bar
 from swin_mm.models.swin import ARCHS
@@ -137,6 +138,53 @@ def test_a_preset_from_end_to_end(run, capsys, tmp_path):
     assert 'ours+compile' in printed and '≤ 0.65' in printed and 'copies' in printed
     with Image.open(tmp_path / 'benchmark.png') as picture:
         assert picture.width > 1000
+
+
+def test_launches_and_bytes_are_counted(tool, monkeypatch, tmp_path, capsys):
+    pytest.importorskip('triton')
+    benchmark = tool('benchmark')
+    monkeypatch.setattr('sys.argv', ['benchmark', '--quick', '--preset', 'count', '--out', str(tmp_path)])
+    assert benchmark.main(benchmark.parse_args()) == 0
+    results = {(r['case'], r['autocast'], r['candidate']): r for r in json.loads((tmp_path / 'count.json').read_text())}
+    assert len(results) == 11
+    for case in {case for case, autocast, _ in results if autocast}:
+        ours, theirs = (results[case, True, name] for name in ('ours', 'mmdet'))
+        assert ours['launches'] < theirs['launches'] and ours['bytes'] < theirs['bytes']
+    assert '≤ 650' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+def test_what_a_launch_and_a_byte_is(autocast):
+    """By hand: one product, norm, addition; casts under autocast, of the weight only once; views are free."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+        def forward(self, image):
+            x = image.permute(0, 2, 3, 1).contiguous().flatten(0, 2)  # 2 x 3 pixels of 4 channels
+            x = self.linear(self.linear(x)).view(6, 4)
+            return [self.norm(x) + x.expand(6, 4)]
+
+    model = Model().to('meta')
+    if not autocast:
+        model.to(torch.bfloat16)
+    context = count_gpu.EmulatedAutocast(torch.bfloat16) if autocast else nullcontext()
+    image = torch.empty(1, 4, 2, 3, device='meta', dtype=torch.float32 if autocast else torch.bfloat16)
+    with torch.no_grad(), count_gpu.LaunchCounter() as counter, context:
+        model(image)
+    image, weight, bias = 24, 16, 4
+    expected = {'clone': (1, 4 * image), 'addmm': (2, 2 * 2 * (2 * image + weight + bias))}
+    expected |= {'native_layer_norm': (1, 2 * 2 * (image + bias)), 'add': (1, 2 * 3 * image)}
+    if autocast:
+        expected['clone'] = (1, 8 * image)
+        expected['_to_copy'] = (4, 6 * (image + weight + bias + image))  # the norm's input back to 32 bits
+        expected['native_layer_norm'] = (1, 4 * 2 * (image + bias) + 2 * 4 * 6)  # mean and inverse deviation
+        expected['add'] = (1, 4 * image + 2 * image + 4 * image)
+    else:
+        expected['native_layer_norm'] = (1, expected['native_layer_norm'][1] + 2 * 4 * 6)
+    assert {n: (counter.launches[n], counter.bytes[n]) for n in counter.launches} == expected
 
 
 def test_wrong_and_failing_candidates_are_told(run, monkeypatch, capsys):

@@ -1,0 +1,64 @@
+"""A check of a kernel against its definition on the user's machine, made once before the kernel is trusted.
+
+A kernel that is compiled on the user's machine may fail there for reasons that no test elsewhere can find: a missing
+compiler, a version of Triton or a driver with a bug, a new GPU.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value of each tensor
+_problems: dict[Hashable, str] = {}
+
+
+def verified(
+    key: Hashable,
+    run: Callable[[], Sequence[Tensor]],
+    definition: Callable[[], Sequence[Tensor]],
+    limit: float,
+) -> bool:
+    """Whether a kernel gives the same tensors as its definition. Each key is checked once; a failure is logged.
+
+    When the memory does not suffice for the check, the answer is no, and the next call checks again.
+
+    Args:
+        key: what the kernel is compiled for, as it should be named in the log.
+        run: calls the kernel on small inputs, without random numbers.
+        definition: computes the same in elementary operators.
+        limit: allowed difference, in units of the largest value of each tensor.
+    """
+    problem = _problems.get(key)
+    if problem is None:
+        try:
+            # A thread of its own has no autocast, inference mode, dispatch modes, hooks on saved tensors and the like.
+            with ThreadPoolExecutor(1) as pool:
+                problem = pool.submit(_compare, run, definition, limit).result()
+        except (torch.OutOfMemoryError, MemoryError):
+            return False
+        _problems[key] = problem
+        if problem:
+            logging.getLogger('swin_mm').warning('the fused kernel for %s is not used: %s', key, problem)
+    return not problem
+
+
+def forget() -> None:
+    """Forget all results, so that the next use of each key is checked again."""
+    _problems.clear()
+
+
+def _compare(run: Callable[[], Sequence[Tensor]], definition: Callable[[], Sequence[Tensor]], limit: float) -> str:
+    """What is wrong, in one line, or ''."""
+    try:
+        for i, (actual, expected) in enumerate(zip(run(), definition(), strict=True)):
+            error, largest = (actual.double() - expected.double()).abs().max().item(), expected.abs().max().item()
+            if not error <= limit * largest:  # NaN is an error
+                return f'result {i} differs from the definition by {error / largest:.2g} of the largest value'
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'out of memory' in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        return f'it fails with {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    return ''
