@@ -26,6 +26,7 @@ from swin_mm.ops import fused_norm
 from swin_mm.ops.attention import triton as kernel
 from swin_mm.utils.files import atomic_write
 
+PROGRAMS = 264  # of attention's backward that an H100 runs at a time: 132 multiprocessors, two each
 META = torch.device('meta')
 # Operators that start no kernel though their schema does not say that they return a view.
 FREE = {
@@ -104,9 +105,9 @@ def _attention_backward(args: tuple, out: Any) -> tuple[int, int]:
     heads, N, _ = bias.shape
     windows = qkv.shape[0] * -(-qkv.shape[1] // window[0]) * -(-qkv.shape[2] // window[1])
     blocks = -(-N // kernel.TILE)
-    parts = max(1, min(windows, kernel.PROGRAMS // (heads * blocks**2))) * heads * N * N * 4
-    # One kernel, or three; the sums of partial gradients of bias and padding, and what puts the latter together.
-    return (1 if blocks == 1 else 3) + 5, 2 * parts
+    programs = max(1, min(windows, PROGRAMS // (heads * blocks**2)))
+    # One kernel, or three; then the sums of partial gradients of bias and padding, and the cast of the latter.
+    return (1 if blocks == 1 else 3) + 3, 2 * programs * heads * N * N * 4
 
 
 def _norm_backward(args: tuple, out: Any) -> tuple[int, int]:
