@@ -31,7 +31,7 @@ META = torch.device('meta')
 # Operators that start no kernel though their schema does not say that they return a view.
 FREE = {
     *('_unsafe_view', '_reshape_alias', 'detach', 'lift_fresh', 'empty', 'empty_like', 'empty_strided'),
-    *('new_empty', 'new_empty_strided', 'view_as_real', 'record_stream', 'set_'),
+    *('new_empty', 'new_empty_strided', 'view_as_real', 'record_stream', 'set_', 'promote_types'),
 }
 GATHER = {'index', 'index_select', 'gather', 'embedding'}  # read as much of their first input as they write
 # Operators of PyTorch that start several kernels: zeros and a copy; the input's gradient and those of the parameters;
