@@ -261,6 +261,8 @@ def _launch(
     kernel, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, constants: dict[str, Any]
 ) -> None:
     """Start a kernel; for tensors that are not there, its constants tell so."""
+    if not programs:  # an empty batch
+        return
     first = next(t for t in tensors if t is not None)
     ROWS, COLUMNS = _tile_sides(constants['C'], constants.get('NCHW', False))
     warps = 8 if ROWS * COLUMNS > TILE else 4
@@ -645,6 +647,7 @@ class Case(NamedTuple):
     """What the kernels are compiled for; see :func:`is_trusted`."""
 
     kind: str
+    training: bool
     device: torch.device
     channels: int
     x: torch.dtype
@@ -662,8 +665,8 @@ class Case(NamedTuple):
 def is_trusted(kind: str, x: Tensor, branch: Tensor | None, weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether a kernel may be used for such maps: it supports them, and gives what the definition gives.
 
-    The first use of each combination is checked, forward and backward, except on tensors without data, in compiled
-    code, and while a CUDA graph is captured; the kernels are trusted there.
+    The first use of each combination is checked, where gradients are on also its gradients, except on tensors without
+    data, in compiled code, and while a CUDA graph is captured; the kernels are trusted there.
 
     Args:
         kind: 'add' for :func:`add_norm`, 'nchw' for the same with ``nchw``, 'post' for :func:`norm_add`, 'merge' for
@@ -677,7 +680,8 @@ def is_trusted(kind: str, x: Tensor, branch: Tensor | None, weight: Tensor, dtyp
         return False
     if _operators_are_seen(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return True
-    key = Case(kind, x.device, x.shape[-1], x.dtype, (x if branch is None else branch).dtype, weight.dtype, dtype)
+    dtypes = x.dtype, (x if branch is None else branch).dtype, weight.dtype, dtype
+    key = Case(kind, torch.is_grad_enabled(), x.device, x.shape[-1], *dtypes)
     return verified(key, lambda: _example(key, exact=False), lambda: _example(key, exact=True), LIMITS[dtype])
 
 
@@ -697,21 +701,23 @@ def _example(case: Case, exact: bool) -> list[Tensor]:
     weight = wave(parameters, step=1.9, offset=1.5, dtype=case.weight)
     bias = wave(parameters, step=1.1, offset=0.0, dtype=case.weight)
     keep = torch.tensor([0.5, 1.5], device=case.device, dtype=torch.float64 if exact else case.branch)
-    if case.kind == 'merge':
-        with torch.no_grad():
-            if exact:
-                return list(reference('merge', x, None, weight, bias, 1e-5))
-            return [merge_norm(x, weight, bias, 1e-5, case.out)]
-    if exact:
-        results = reference(case.kind, x, branch, weight, bias, 1e-5, keep)
-    elif case.kind == 'post':
-        total = torch.promote_types(case.x, case.branch)
-        results = norm_add(x, branch, weight, bias, 1e-5, total, case.out, keep)
-    else:
-        results = add_norm(x, branch, weight, bias, 1e-5, case.out, keep, nchw=case.kind == 'nchw')
-    factors = torch.arange(x.numel(), dtype=torch.float64, device=case.device).mul_(1.3).cos_()
-    loss = torch.stack([(result * factors.view(result.shape)).sum() for result in results]).sum()
-    return [*results, *torch.autograd.grad(loss, (x, branch, weight, bias))]
+    options = (weight, bias, 1e-5)
+    with torch.set_grad_enabled(case.training):
+        if exact:
+            results = reference(case.kind, x, branch, *options, keep if case.training else None)
+        elif case.kind == 'merge':
+            results = (merge_norm(x, *options, case.out),)
+        elif case.kind == 'post':
+            total = torch.promote_types(case.x, case.branch)
+            results = norm_add(x, branch, *options, total, case.out, keep if case.training else None)
+        else:
+            nchw = case.kind == 'nchw'
+            results = add_norm(x, branch, *options, case.out, keep if case.training else None, nchw)
+        if not case.training or case.kind == 'merge':
+            return [*results]
+        factors = torch.arange(x.numel(), dtype=torch.float64, device=case.device).mul_(1.3).cos_()
+        loss = torch.stack([(result * factors.view(result.shape)).sum() for result in results]).sum()
+        return [*results, *torch.autograd.grad(loss, (x, branch, weight, bias))]
 
 
 def reference(
@@ -728,7 +734,7 @@ def reference(
     def norm(values: Tensor) -> Tensor:
         return F.layer_norm(values, values.shape[-1:], weight, bias, eps)
 
-    if kind == 'merge':
+    if kind == 'merge':  # of x alone
         x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         return (norm(torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)),)
     total = x

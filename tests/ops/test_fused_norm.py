@@ -69,8 +69,7 @@ def assert_close(actual, expected, limit):
         assert error <= limit, (i, error)
 
 
-@pytest.mark.parametrize('C', [96, 130], ids=str)
-@pytest.mark.parametrize('types', TYPES, ids=IDS)
+@pytest.mark.parametrize('types, C', [*((t, 96) for t in TYPES), (TYPES[0], 130)], ids=[*IDS, '130 channels'])
 @pytest.mark.parametrize('form', ['x alone', 'add', 'add with drop path', 'nchw'])
 def test_add_norm_equals_the_definition(types, form, C):
     tensors = inputs(types, C, branch=form != 'x alone', shape=(3, 5, 7))
@@ -154,6 +153,14 @@ def test_runs_repeat_bit_for_bit(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_an_empty_batch():
+    tensors = inputs((FP32, BF16, BF16), 24, shape=(0, 5, 7))
+    results = fused_norm.add_norm(*tensors, EPS, BF16)
+    assert all(r.shape == (0, 5, 7, 24) for r in results)
+    grads = torch.autograd.grad(sum(r.sum() for r in results), tensors)
+    assert grads[0].shape == (0, 5, 7, 24) and not grads[2].any() and not grads[3].any()
+
+
 def test_large_offsets_do_not_cancel():
     """The variance is that of centred values, not a difference of large numbers."""
     x = random(1, 2, 2, 96, seed=0, offset=1000.0)
@@ -210,10 +217,12 @@ def is_trusted(kind, dtype=BF16):
     return fused_norm.is_trusted(kind, x, None if kind == 'merge' else branch, weight, dtype)
 
 
+@pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('kind, dtype', itertools.product(KINDS, [FP32, FP16, BF16]))
-def test_right_kernels_are_trusted(kind, dtype, log):
+def test_right_kernels_are_trusted(kind, dtype, training, log):
     state = torch.get_rng_state()
-    assert is_trusted(kind, dtype) and not log.messages
+    with torch.set_grad_enabled(training):
+        assert is_trusted(kind, dtype) and not log.messages
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -269,17 +278,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from swin_mm.ops import fused_norm
 
-class Kernel:
-    '''Keeps the arguments of a launch instead of launching.'''
-    def __init__(self, kernel):
-        self.kernel = kernel
-    def __getitem__(self, grid):
-        return lambda *values, **constants: launches.append((self.kernel, values, constants))
-
 launches = []
-names = ('_add_norm', '_add_norm_backward', '_norm_add', '_norm_add_backward', '_merge_norm')
-for name in names:
-    setattr(fused_norm, name, Kernel(getattr(fused_norm, name)))
+fused_norm.launch = lambda kernel, programs, arguments, constants: launches.append((kernel, arguments, dict(constants)))
 BF16 = torch.bfloat16
 for C in CHANNELS:
     x = torch.zeros(2, 4, 4, C, requires_grad=True)
@@ -300,22 +300,25 @@ for kernel, values, constants in launches:
         name = kernel.__name__ + (' nchw' if constants.get('NCHW') else '')
         show(name, constants, target, options['num_warps'], binary)
 """
-QUICK = """
-CHANNELS, TARGETS = (96,), (90,)
+SHOW = """
 def show(name, constants, target, warps, binary):
-    print(name, len(binary.asm['cubin']) > 0, binary.metadata.shared < 99 * 1024)
+    print(name, constants['C'], target, len(binary.asm['cubin']) > 0, binary.metadata.shared < 99 * 1024)
 """
+NORMS = ['_add_norm', '_add_norm_backward', '_add_norm nchw', '_add_norm_backward nchw']
+NAMES = [*NORMS, '_norm_add', '_norm_add_backward', '_merge_norm']
 
 
-def test_kernels_compile_for_gpus():
+@pytest.mark.parametrize(
+    'channels, targets', [((96,), (90,)), pytest.param((384, 1536), (80, 89, 90), marks=pytest.mark.slow)]
+)
+def test_kernels_compile_for_gpus(channels, targets):
     """The interpreter does not check this."""
     done = subprocess.run(
-        [sys.executable, '-c', QUICK + COMPILE],
+        [sys.executable, '-c', f'CHANNELS, TARGETS = {channels}, {targets}' + SHOW + COMPILE],
         env=os.environ | {'TRITON_INTERPRET': '0'},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
     )
-    norms = ['_add_norm', '_add_norm_backward', '_add_norm nchw', '_add_norm_backward nchw']
-    names = [*norms, '_norm_add', '_norm_add_backward', '_merge_norm']
-    assert done.stdout.splitlines() == [f'{name} True True' for name in names], done.stderr
+    expected = [f'{name} {C} {target} True True' for C in channels for name in NAMES for target in targets]
+    assert done.stdout.splitlines() == expected, done.stderr
