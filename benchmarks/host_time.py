@@ -1,0 +1,76 @@
+"""The host's time for one attention call, on a CPU, with the Triton kernels left out.
+
+    python -m benchmarks.host_time
+
+At batch 1 a GPU waits for the host. This is what PyTorch and this package do around the launches of a call; Triton's
+own launcher is not in it. Plain calls and calls as operators, which compilers and dispatch modes see, take turns.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+os.environ['TRITON_INTERPRET'] = '1'  # no GPU is needed
+
+import torch
+
+from swin_mm.ops.attention import triton as attention
+
+ROUNDS, CALLS = 30, 100
+WINDOW, SHIFT, HEADS, D = (7, 7), (3, 3), 3, 32
+
+
+def make_calls(run: Callable[..., torch.Tensor]) -> dict[str, Callable[[], object]]:
+    """One call in inference, and one with its backward pass in training."""
+    N, C = WINDOW[0] * WINDOW[1], HEADS * D
+    qkv, pad = torch.randn(1, 14, 14, 3 * C, dtype=torch.bfloat16), torch.randn(3 * C, dtype=torch.bfloat16)
+    bias = torch.randn(HEADS, N, N)
+    trained = [t.clone().requires_grad_() for t in (qkv, pad, bias)]
+    grad = torch.randn(1, 14, 14, C, dtype=torch.bfloat16)
+
+    def infer() -> None:
+        with torch.no_grad():
+            run(qkv, pad, bias, WINDOW, SHIFT, D**-0.5)
+
+    def train() -> None:
+        run(*trained, WINDOW, SHIFT, D**-0.5).backward(grad)
+
+    return {'inference': infer, 'forward and backward': train}
+
+
+def as_operators(*args: object) -> torch.Tensor:
+    """The call as compiled code makes it."""
+    original = attention.operators_are_seen
+    attention.operators_are_seen = lambda _: True
+    try:
+        return attention.attention(*args)
+    finally:
+        attention.operators_are_seen = original
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    """Mean time of some calls."""
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return (time.perf_counter() - begin) / CALLS * 1e6
+
+
+def main() -> int:
+    """Print a table."""
+    torch.set_num_threads(1)
+    attention.launch = lambda *_: None
+    plain, operators = make_calls(attention.attention), make_calls(as_operators)
+    print('| microseconds of the host a call | as operators | plain | ratio |\n| --- | --- | --- | --- |')
+    for name in plain:
+        rounds = [(microseconds(operators[name]), microseconds(plain[name])) for _ in range(ROUNDS)][ROUNDS // 5 :]
+        before, after = (statistics.median(column) for column in zip(*rounds, strict=True))
+        ratio = statistics.median(b / a for b, a in rounds)
+        print(f'| {name} | {before:.0f} | {after:.0f} | {ratio:.2f} |')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
