@@ -1,8 +1,9 @@
-"""The relative position bias of each pair of tokens, gathered from a table; its gradient is a gather, too.
+"""The relative position bias of each pair of tokens, gathered from a table, with a deterministic gradient.
 
 (Hw, Ww) window, N = Hw * Ww tokens per window, h heads, T offsets in the table.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from swin_mm.ops.windows import Size, cached_by_size, functorch_active, relative_index
+from swin_mm.ops.windows import Size, functorch_active, relative_index
 
 
 def position_bias(table: Tensor, window: Size, table_window: Size) -> Tensor:
@@ -31,14 +32,38 @@ def position_bias(table: Tensor, window: Size, table_window: Size) -> Tensor:
     return _Gather.apply(table, window, table_window)
 
 
+def table_gradient(grad: Tensor, window: Sequence[int], table_window: Sequence[int]) -> Tensor:
+    """Gradient of the table, (T, h), given that of the bias, (h, N, N): for each offset the sum over its pairs.
+
+    A query and a key, counted from the other end, are a patch and a place in it whose coordinates add up to the offset,
+    so that folding overlapping patches into an image is this sum.
+    """
+    (Hw, Ww), (height, width), h = window, table_window, grad.shape[0]
+    patches = grad.to(torch.promote_types(grad.dtype, torch.float32)).flip(2).flatten(0, 1)  # (h * N, N)
+    image = F.fold(patches, (2 * Hw - 1, 2 * Ww - 1), (Hw, Ww))  # (h, 2 * Hw - 1, 2 * Ww - 1)
+    if (Hw, Ww) != (height, width):
+        image = F.pad(image, (width - Ww, width - Ww, height - Hw, height - Hw))  # larger offsets do not occur
+    return image.view(h, -1).t().to(grad.dtype)
+
+
+@torch.library.custom_op('swin_mm::bias_table_gradient', mutates_args=())
+def _table_gradient_op(grad: Tensor, window: Sequence[int], table_window: Sequence[int]) -> Tensor:
+    return table_gradient(grad, window, table_window).contiguous()
+
+
+@_table_gradient_op.register_fake
+def _(grad: Tensor, window: Sequence[int], table_window: Sequence[int]) -> Tensor:
+    return grad.new_empty((2 * table_window[0] - 1) * (2 * table_window[1] - 1), grad.shape[0])
+
+
 def _is_transformed(x: Tensor) -> bool:
     return functorch_active() or forward_ad.unpack_dual(x).tangent is not None
 
 
 class _Gather(Function):
-    """Gather in the forward and in the backward pass.
+    """The backward of indexing adds up by ``index_put``: sorted on GPUs, and in compiled code by atomics, in any order.
 
-    The backward of indexing adds up by ``index_put``: sorted on GPUs, and in compiled code by atomics, in any order.
+    So does what compilers make of ``fold``; for them the gradient is an operator.
     """
 
     @staticmethod
@@ -49,29 +74,5 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        pairs = pairs_by_offset(*ctx.windows, grad.device)
-        padded = F.pad(grad.flatten(1), (0, 1))  # a zero where an offset has fewer pairs
-        return padded.index_select(1, pairs.flatten()).unflatten(1, pairs.shape).sum(2).t(), None, None
-
-
-@cached_by_size(64)
-def pairs_by_offset(window: Size, table_window: Size, device: torch.device) -> Tensor:
-    """The pairs of tokens that each row of the table is the bias of: the inverse of ``relative_index``.
-
-    Returns:
-        (T, N): for each offset and query the pair's index in the flattened (N, N), or N * N where the key that far from
-        the query lies outside of the window. Cached: do not write to it.
-    """
-    (Hw, Ww), N = window, window[0] * window[1]
-    keys, inside = zip(*(_keys(*sides, device) for sides in zip(window, table_window, strict=True)), strict=True)
-    # (2 * height - 1, Hw) and (2 * width - 1, Ww) -> (2 * height - 1, 2 * width - 1, Hw, Ww)
-    key = keys[0][:, None, :, None] * Ww + keys[1][None, :, None, :]
-    query = torch.arange(N, device=device).view(Hw, Ww)
-    valid = inside[0][:, None, :, None] & inside[1][None, :, None, :]
-    return torch.where(valid, query * N + key, N * N).flatten(2).flatten(0, 1)
-
-
-def _keys(side: int, table_side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Along one axis, the key at each offset from each query, (2 * table_side - 1, side), and whether it is inside."""
-    key = torch.arange(side, device=device) - torch.arange(1 - table_side, table_side, device=device)[:, None]
-    return key, (key >= 0) & (key < side)
+        add_up = _table_gradient_op if torch.compiler.is_compiling() else table_gradient
+        return add_up(grad, *ctx.windows), None, None

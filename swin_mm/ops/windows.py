@@ -42,7 +42,7 @@ def tracing() -> bool:
     )
 
 
-def cached_by_size(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
+def _cached(entries: int) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
     """LRU cache of results that depend on sizes alone; callers must not write to them. Bypassed while tracing."""
 
     def decorate(build: Callable[..., Result]) -> Callable[..., Result]:
@@ -133,7 +133,7 @@ def _slots(size: Size, window: Size, shift: Size, device: torch.device) -> Tenso
     return (rows[:, None] + columns // Ww * (Hw * Ww) + columns % Ww).flatten()
 
 
-@cached_by_size(64)
+@_cached(64)
 def window_indices(size: Size, window: Size, shift: Size, device: torch.device) -> WindowIndices:
     """The indices for a map of ``size`` (H, W). Cached: do not write to them."""
     # On the CPU, because nonzero() on a GPU would synchronise.
@@ -212,7 +212,7 @@ def region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> 
     return _region_mask(padded_size(size, window), window, shift, device)
 
 
-@cached_by_size(16)  # four stages at four sizes
+@_cached(16)  # four stages at four sizes
 def _region_mask(size: Size, window: Size, shift: Size, device: torch.device) -> Tensor:
     rows, columns = (
         ((torch.arange(n, device=device) >= n - w).int() + (torch.arange(n, device=device) >= n - s).int()).view(
@@ -224,7 +224,7 @@ def _region_mask(size: Size, window: Size, shift: Size, device: torch.device) ->
     return (regions[:, None, :] != regions[:, :, None]) * MASKED
 
 
-@cached_by_size(64)
+@_cached(64)
 def relative_index(window: Size, table_window: Size, device: torch.device) -> Tensor:
     """Row of the bias table for each pair of tokens (query, key): that of the offset query - key.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from swin_mm.ops.position_bias import pairs_by_offset, position_bias
+from swin_mm.ops.position_bias import position_bias
 from swin_mm.ops.windows import relative_index
 
 CASES = [((7, 7), (7, 7)), ((3, 5), (3, 5)), ((3, 3), (7, 7)), ((2, 5), (4, 6)), ((1, 1), (3, 3))]
@@ -44,15 +44,6 @@ def test_gradient_in_lower_precision(dtype, limit):
     assert (actual.double() - expected).abs().max() < limit * expected.abs().max()
 
 
-@pytest.mark.parametrize('window, table_window', CASES)
-def test_each_pair_belongs_to_one_offset(window, table_window):
-    N, device = window[0] * window[1], torch.device('cpu')
-    pairs = pairs_by_offset(window, table_window, device)
-    offsets, places = (pairs < N * N).nonzero(as_tuple=True)
-    assert torch.equal(pairs[offsets, places].sort().values, torch.arange(N * N))
-    assert torch.equal(relative_index(window, table_window, device).flatten()[pairs[offsets, places]], offsets)
-
-
 class Recorder(TorchDispatchMode):
     """Lists the operators that run."""
 
@@ -65,7 +56,7 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-VIEWS = {'t', 'transpose', 'view', '_unsafe_view', 'slice', 'unsqueeze', 'expand', 'detach', 'alias', 'permute'}
+FREE = {'t', 'transpose', 'view', '_unsafe_view', 'slice', 'unsqueeze', 'expand', 'detach', 'alias', 'promote_types'}
 
 
 def test_nothing_is_added_up_by_index():
@@ -75,8 +66,8 @@ def test_nothing_is_added_up_by_index():
     with Recorder() as recorder:
         bias = position_bias(table, (7, 7), (7, 7))
         torch.autograd.grad(bias, table, torch.ones_like(bias))
-    names = [name for name in recorder.names if name not in VIEWS and name != 'ones_like']
-    assert names == ['index_select', 'constant_pad_nd', 'index_select', 'sum']
+    names = [name for name in recorder.names if name not in FREE and name != 'ones_like']
+    assert names == ['index_select', 'flip', 'col2im']
 
 
 def test_compiled_code_adds_nothing_up_by_index():
@@ -100,7 +91,7 @@ def test_compiled_code_adds_nothing_up_by_index():
         actual = torch.autograd.grad(bias.sum(), table)[0]
         expected = torch.autograd.grad(indexed(table, window, (7, 7)).sin().sum(), table)[0]
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
-    assert any('index_select' in name or 'index.Tensor' in name for name in seen)
+    assert any('bias_table_gradient' in name for name in seen)
     assert not any('index_put' in name or 'index_add' in name or 'scatter' in name for name in seen)
 
 
