@@ -517,7 +517,8 @@ def _allocate(qkv, pad, bias, scales, factor, save, window, shift):
     B, H, W, C = qkv.shape
     windows = B * -(-H // window[0]) * -(-W // window[1])
     sums = (windows, *bias.shape[:2]) if save else (0,)
-    return qkv.new_empty(B, H, W, C // 3), qkv.new_empty(sums, dtype=torch.float32)
+    out = torch.empty((B, H, W, C // 3), dtype=qkv.dtype, device=qkv.device)
+    return out, torch.empty(sums, dtype=torch.float32, device=qkv.device)
 
 
 def forward(
@@ -557,7 +558,7 @@ def backward(
     blocks, splits = call.blocks, call.splits(call.blocks, 'backward')
 
     def parts(*shape: int) -> Tensor:
-        return qkv.new_empty(shape, dtype=torch.float32)
+        return torch.empty(shape, dtype=torch.float32, device=qkv.device)
 
     grad = grad.contiguous()
     grad_qkv = torch.empty_like(qkv)
