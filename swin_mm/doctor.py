@@ -1,15 +1,24 @@
 """Check the installation: ``python -m swin_mm.doctor`` prints which libraries work and how to fix the others."""
 
 import platform
+import statistics
 import sys
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
-from swin_mm.ops.attention import cpu
+from swin_mm.ops.attention import cpu, sdpa, self_check, triton
+from swin_mm.ops.windows import Size
 from swin_mm.utils.environment import FIXES, NAMES, OPTIONAL, USES, find_problem, is_installed
 from swin_mm.version import __version__
+
+# The attention that is checked on a GPU: window, and whether it is cosine attention.
+KINDS = {'V1, 7 x 7': ((7, 7), False), 'V1, 12 x 12': ((12, 12), False), 'V2, 8 x 8': ((8, 8), True)}
+DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
+HEAD_SIZE, HEADS, MAP = 32, 3, (200, 320)  # what is timed: the first stage of Swin-T on an image of 800 x 1280
 
 
 def main() -> int:
@@ -31,6 +40,10 @@ def main() -> int:
     ]
     if no_kernel:
         notes.append(f'optional: the attention kernel for CPUs cannot be used: {no_kernel}')
+    if torch.cuda.is_available():
+        table, kernel_notes = attention_table(torch.device('cuda', torch.cuda.current_device()))
+        console.print(table)
+        notes += kernel_notes
     for note in notes:
         console.print(f'- {note}', soft_wrap=True, markup=False)
     return 1 if broken else 0
@@ -62,6 +75,61 @@ def uses_table(problems: dict[str, str]) -> Table:
         missing = [NAMES.get(module, module) for module in modules if problems[module]]
         table.add_row(use, f'[yellow]needs {", ".join(missing)}' if missing else '[green]works')
     return table
+
+
+def attention_table(device: torch.device) -> tuple[Table, list[str]]:
+    """What ``attention='auto'`` finds when it checks the Triton kernel, and the times of both kernels on a GPU.
+
+    Args:
+        device: with its index; a CPU only if Triton interprets its kernels.
+
+    Returns:
+        The table, and a note on each problem.
+    """
+    title = f'attention on {device}: ms of forward and backward, one image'
+    table = Table('attention', 'dtype', 'triton kernel', 'triton', 'sdpa', title=title, title_justify='left')
+    notes = []
+    for kind, (window, cosine) in KINDS.items():
+        for name, dtype in DTYPES.items():
+            case = self_check.Case(device, dtype, torch.float32, window, HEAD_SIZE, cosine)
+            try:
+                problem = triton.unsupported_reason(device, dtype, HEAD_SIZE, False)
+                problem = problem or self_check.find_problem(triton.attention, case)
+            except torch.OutOfMemoryError:
+                problem = 'too little free memory to check it'
+            if problem:
+                notes.append(f'optional: the attention kernel for GPUs is not used for {case}: {problem}')
+            times = ['-', '-']
+            if device.type == 'cuda':
+                kernels = [None if problem else triton.attention, sdpa.attention]
+                times = ['-' if k is None else milliseconds(k, device, dtype, window, cosine) for k in kernels]
+            table.add_row(kind, name, '[yellow]not used' if problem else '[green]equals the definition', *times)
+    return table, notes
+
+
+def milliseconds(
+    attention: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, window: Size, cosine: bool
+) -> str:
+    """Median time of forward and backward on a GPU."""
+    C, N = HEADS * HEAD_SIZE, window[0] * window[1]
+    sizes, dtypes = ((1, *MAP, 3 * C), (3 * C,), (HEADS, N, N)), (dtype, dtype, torch.float32)
+    inputs = [
+        torch.ones(size, device=device, dtype=d, requires_grad=True) for size, d in zip(sizes, dtypes, strict=True)
+    ]
+    scale = torch.ones(HEADS, device=device) if cosine else HEAD_SIZE**-0.5
+    times = []
+    try:
+        for _ in range(13):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            out = attention(*inputs, window, (window[0] // 2, window[1] // 2), scale)
+            torch.autograd.grad(out, inputs, torch.ones_like(out))
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    except torch.OutOfMemoryError:
+        return 'out of memory'
+    return f'{statistics.median(times[3:]):.2f}'
 
 
 def cuda_state() -> str:

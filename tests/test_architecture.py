@@ -31,6 +31,7 @@ PRIVATE_API = {
     'swin_mm/engine/fsdp.py': ['mmengine._strategy:FSDPStrategy'],
     'swin_mm/models/inference.py': ['torch:_addmm_activation'],  # GELU in the epilogue; with a fallback
     'swin_mm/ops/fused_norm.py': ['torch:_C'],  # for _len_torch_dispatch_stack, with a fallback
+    'swin_mm/ops/attention/triton.py': ['torch:_C'],  # for _len_torch_dispatch_stack, with a fallback
     'swin_mm/ops/windows.py': ['torch:_C'],  # for _are_functorch_transforms_active, with a fallback
 }
 

@@ -50,6 +50,7 @@ NOT_RUN = {
     r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data is in place already",
     r'python tools/demo\.py ': 'takes minutes; see tests/tools/test_demo.py',
     r'python tools/export\.py ': 'takes up to a minute; see tests/tools/test_export.py. Its arguments are parsed below',
+    r'python -m benchmarks\.': 'takes half a minute, and decides how Triton is imported; see tests/benchmarks',
 }
 QUICK = {'benchmark.py': ['--quick', '--device', 'cpu']}
 SLOW = r'--preset (models|gpu)'

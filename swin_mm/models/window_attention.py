@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swin_mm.ops.attention import get_kernel
-from swin_mm.ops.windows import Size, log_spaced_offsets, padded_size, relative_index
+from swin_mm.ops.position_bias import position_bias
+from swin_mm.ops.windows import Size, log_spaced_offsets, padded_size
 
 # Attributes of nn.Module that change the effect of calling it.
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
@@ -87,8 +88,7 @@ class WindowAttention(nn.Module):
     def position_bias(self, window: Size) -> Tensor:
         """The bias of each pair of tokens of a window of this size, (h, N, N)."""
         table, table_window = self.bias_table(window)
-        index = relative_index(window, table_window, table.device)
-        return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).contiguous()
+        return position_bias(table, window, table_window)
 
     def qkv_bias(self) -> Tensor | None:
         """The bias of the projection to q, k and v, (3C,), or None."""

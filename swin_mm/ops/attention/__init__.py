@@ -5,7 +5,8 @@ reference the definition, in elementary operators; differentiable any number of 
 sdpa      windows gathered by index, then PyTorch's ``scaled_dot_product_attention``
 cpu       one pass in C++ (float32 and bfloat16)
 triton    one pass in Triton, for NVIDIA GPUs from Ampere on (float16, bfloat16 and float32)
-auto      the fastest of these that supports the input
+auto      the fastest of these that supports the input; ``triton`` only where it has been found to be right, see
+          :mod:`swin_mm.ops.attention.self_check`
 ========= ==============================================================================================
 """
 
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from swin_mm.ops.attention import cpu, reference, sdpa, triton
+from swin_mm.ops.attention import cpu, reference, sdpa, self_check, triton
 from swin_mm.ops.windows import Size, functorch_active
 
 _FUSED = {'sdpa': sdpa, 'cpu': cpu, 'triton': triton}
-_BY_DEVICE = {'cpu': 'cpu', 'cuda': 'triton'}
+PREFERRED = {'cpu': 'cpu', 'cuda': 'triton'}  # the fastest kernel on each device; sdpa on others
 
 
 def auto(
@@ -32,12 +33,14 @@ def auto(
     In eager mode, float64 and forward-mode differentiation use ``reference``. Exported graphs use ``sdpa``,
     because they must run without this package.
     """
-    name = _BY_DEVICE.get(qkv.device.type, 'sdpa')
+    name = PREFERRED.get(qkv.device.type, 'sdpa')
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         name = 'sdpa'
     elif not torch.compiler.is_compiling() and (qkv.dtype == torch.float64 or _is_transformed(qkv)):
         return reference.attention(qkv, pad, bias, window, shift, scale, dropout)
-    elif reason_against(name, qkv, bias, dropout):
+    elif reason_against(name, qkv, bias, dropout) or (
+        name == 'triton' and not self_check.is_trusted(triton.attention, qkv, bias, window, scale)
+    ):
         name = 'sdpa'
     return _FUSED[name].attention(qkv, pad, bias, window, shift, scale, dropout)
 

@@ -5,8 +5,8 @@ B batch, (H, W) map, (Hw, Ww) window, nW windows per padded map, N = Hw * Ww, C 
 Memory traffic in units of X = B * H * W * C elements: the forward reads qkv (3) and writes the output (1). The
 backward reads qkv and the output's gradient and writes the gradient of qkv (7); where a window needs several tiles,
 three kernels read the inputs once each, and one reads the output (16). Eager code moves about 30 in the forward, 15 of
-them copies for the layout and 11 scores. In addition there are the log-sum-exp (4 bytes per head and token), the bias,
-which stays in the L2 cache, and partial sums for its gradient.
+them copies for the layout and 11 scores. In addition there are the log-sum-exp (4 bytes per head and token, in training
+only), the bias, which stays in the L2 cache, and partial sums for its gradient.
 
 A program processes one head, one block of a window's tokens, and every `splits`-th window, so that the bias and the sum
 of its gradient stay in registers. Partial sums go to a buffer and are added up afterwards: there are no atomics, and
@@ -16,13 +16,17 @@ results are deterministic.
 from __future__ import annotations  # annotations use Triton's types, which may not exist
 
 import math
+import re
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from swin_mm.ops.attention.derivatives import no_second_derivative, register_flops
-from swin_mm.ops.windows import MASKED, Size
+from swin_mm.ops.windows import MASKED, Size, functorch_active
 
 try:
     import triton
@@ -30,7 +34,8 @@ try:
 except ImportError:  # not on every platform: see `unsupported_reason`
     triton = None
 
-PROGRAMS = 2048  # fills large GPUs a few times over; more would enlarge the buffers of partial sums
+OLDEST_TRITON = (3, 4)  # the first with `triton.knobs` and with tuples as constants
+PROGRAMS_PER_SM = {'forward': 4, 'backward': 2}  # as many as fit, by their registers
 TILE = 64  # largest side of a tile of scores, in tokens; limited by registers
 HEAD_SIZES = (16, 32, 64)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -60,33 +65,51 @@ def _token(slots, SHAPE: tl.constexpr):
 
 
 @_jit
-def _place(window, slots, geometry, SHAPE: tl.constexpr):
-    """For each slot the row of its token in (B * H * W), and whether the map has that token or it is padding."""
-    H, W, down, across, shift_y, shift_x = geometry
-    y = window // across % down * SHAPE[0] + slots // SHAPE[2] + shift_y
-    x = window % across * SHAPE[1] + slots % SHAPE[2] + shift_x
-    y -= tl.where(y >= down * SHAPE[0], down * SHAPE[0], 0)
-    x -= tl.where(x >= across * SHAPE[1], across * SHAPE[1], 0)
-    _, holds = _token(slots, SHAPE)
-    return (window // (down * across) * H + y).to(tl.int64) * W + x, holds & (y < H) & (x < W)
+def _locate(window, geometry):
+    """The image that a window belongs to, and the window's row and column among the windows of the padded map."""
+    _, _, down, across, _, _ = geometry
+    row = window // across  # remainders would be further divisions
+    image = row // down
+    return image, row - image * down, window - row * across
 
 
 @_jit
-def _cuts(window, geometry, SHAPE: tl.constexpr):
+def _place(location, slots, geometry, SHAPE: tl.constexpr):
+    """For each slot the row of its token in (B * H * W), whether it is in the map, and whether there is one at all."""
+    H, W, down, across, shift_y, shift_x = geometry
+    image, row, column = location
+    y = row * SHAPE[0] + slots // SHAPE[2] + shift_y
+    x = column * SHAPE[1] + slots % SHAPE[2] + shift_x
+    y -= tl.where(y >= down * SHAPE[0], down * SHAPE[0], 0)
+    x -= tl.where(x >= across * SHAPE[1], across * SHAPE[1], 0)
+    _, holds = _token(slots, SHAPE)
+    return (image * H + y) * W + x, holds & (y < H) & (x < W), holds
+
+
+@_jit
+def _cuts(location, geometry, SHAPE: tl.constexpr):
     """Row and column of the window from which on its tokens come from the opposite edge of the map."""
     _, _, down, across, shift_y, shift_x = geometry
-    cut_y = SHAPE[0] - tl.where(window // across % down == down - 1, shift_y, 0)
-    cut_x = SHAPE[1] - tl.where(window % across == across - 1, shift_x, 0)
+    _, row, column = location
+    cut_y = SHAPE[0] - tl.where(row == down - 1, shift_y, 0)
+    cut_x = SHAPE[1] - tl.where(column == across - 1, shift_x, 0)
     return cut_y, cut_x
 
 
 @_jit
-def _has_padding(window, geometry, SHAPE: tl.constexpr):
+def _has_padding(location, geometry, SHAPE: tl.constexpr):
     """Whether there may be padding in the window."""
-    H, W, down, across, shift_y, shift_x = geometry
-    below = (window // across % down + 1) * SHAPE[0] + shift_y > H
-    beside = (window % across + 1) * SHAPE[1] + shift_x > W
+    H, W, _, _, shift_y, shift_x = geometry
+    _, row, column = location
+    below = (row + 1) * SHAPE[0] + shift_y > H
+    beside = (column + 1) * SHAPE[1] + shift_x > W
     return (below & (H % SHAPE[0] > 0)) | (beside & (W % SHAPE[1] > 0))
+
+
+@_jit
+def _offset(rows, size):
+    """Offset of rows of ``size`` elements: a product of 32-bit numbers, which takes one instruction."""
+    return rows.to(tl.int64) * size
 
 
 @_jit
@@ -102,21 +125,20 @@ def _store(pointers, values, mask, D: tl.constexpr):
 
 
 @_jit
-def _load_keys(qkv, pad, rows, real, slots, head, C, D: tl.constexpr, SHAPE: tl.constexpr):
-    """Keys and values of the map's tokens and of padding."""
+def _queries(qkv, pad, rows, real, head, C, D: tl.constexpr):
+    """Pointers to the slots' queries; their keys are C elements further, their values 2 * C."""
     # The compiler cannot tell that rows are aligned after `where`.
-    pointers = tl.multiple_of(tl.where(real, qkv + rows * 3 * C, pad) + C + head * D, 16)
-    _, holds = _token(slots, SHAPE)
-    return _load(pointers, holds, D), _load(pointers + C, holds, D)
+    return tl.multiple_of(tl.where(real, qkv + _offset(rows, 3 * C), pad) + head * D, 16)
 
 
 @_jit
-def _load_bias(bias, slots_i, slots_j, SHAPE: tl.constexpr):
+def _load_bias(bias, head, slots_i, slots_j, SHAPE: tl.constexpr):
     """Bias for slots of queries and keys that broadcast to a tile; -inf for slots without a key."""
     i, _ = _token(slots_i, SHAPE)
     j, holds = _token(slots_j, SHAPE)
     N: tl.constexpr = SHAPE[0] * SHAPE[1]
-    return tl.load(bias + tl.minimum(i, N - 1) * N + j, mask=holds, other=float('-inf')).to(tl.float32) * _LOG2_E
+    bias += (head * N + tl.minimum(i, N - 1)) * N + j
+    return tl.load(bias, mask=holds, other=float('-inf')).to(tl.float32) * _LOG2_E
 
 
 @_jit
@@ -166,8 +188,9 @@ def _forward(
     qkv, pad, bias, scales, out, lse,
     factor, windows, H, W, down, across, shift_y, shift_x, heads, splits,
     COSINE: tl.constexpr, SHAPE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp."""
+    """Output and, if SAVE, log-sum-exp."""
     N: tl.constexpr = SHAPE[0] * SHAPE[1]
     SLOTS: tl.constexpr = SHAPE[0] * SHAPE[2]
     geometry = (H, W, down, across, shift_y, shift_x)
@@ -175,32 +198,57 @@ def _forward(
     C = heads * D
     if COSINE:
         factor = tl.load(scales + head)
-    i = tl.program_id(0) // heads // splits * BLOCK + tl.arange(0, BLOCK)
-    token_i, holds_i = _token(i, SHAPE)
+    i = tl.arange(0, BLOCK)
     if BLOCK >= SLOTS:
-        bias_tile = _load_bias(bias + head * N * N, i[:, None], tl.arange(0, BLOCK)[None, :], SHAPE)
+        bias_tile = _load_bias(bias, head, i[:, None], i[None, :], SHAPE)
+    else:
+        i += tl.program_id(0) // heads // splits * BLOCK
     for window in range(tl.program_id(0) // heads % splits, windows, splits):
-        cuts = _cuts(window, geometry, SHAPE)
-        rows_i, real_i = _place(window, i, geometry, SHAPE)
-        q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
-        m_i = tl.full([BLOCK], float('-inf'), tl.float32)
-        l_i = tl.zeros([BLOCK], tl.float32)
-        result = tl.zeros([BLOCK, D], tl.float32)
-        for start in range(0, SLOTS, BLOCK):
-            j = start + tl.arange(0, BLOCK)
-            rows_j, real_j = _place(window, j, geometry, SHAPE)
-            k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
-            if BLOCK < SLOTS:
-                bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
-            scores = _scores(q, _unit(k, COSINE), i, j, bias_tile, factor, cuts, SHAPE)
-            m_prev = m_i
-            m_i = tl.maximum(m_prev, tl.max(scores, 1))
+        location = _locate(window, geometry)
+        cuts = _cuts(location, geometry, SHAPE)
+        rows_i, real_i, holds_i = _place(location, i, geometry, SHAPE)
+        queries = _queries(qkv, pad, rows_i, real_i, head, C, D)
+        q = _unit(_load(queries, holds_i, D), COSINE)
+        if BLOCK >= SLOTS:
+            k = _unit(_load(queries + C, holds_i, D), COSINE)
+            v = _load(queries + 2 * C, holds_i, D)
+            scores = _scores(q, k, i, i, bias_tile, factor, cuts, SHAPE)
+            m_i = tl.max(scores, 1)
             weights = tl.exp2(scores - m_i[:, None])
-            alpha = tl.exp2(m_prev - m_i)
-            l_i = l_i * alpha + tl.sum(weights, 1)
-            result = result * alpha[:, None] + _dot(weights.to(v.dtype), v)
-        _store(out + rows_i * C + head * D, result / l_i[:, None], real_i, D)
-        tl.store(lse + (window * heads + head) * N + token_i, m_i + tl.log2(l_i), mask=holds_i)
+            l_i = tl.sum(weights, 1)
+            result = _dot(weights.to(v.dtype), v)
+        else:
+            m_i = tl.full([BLOCK], float('-inf'), tl.float32)
+            l_i = tl.zeros([BLOCK], tl.float32)
+            result = tl.zeros([BLOCK, D], tl.float32)
+            for start in range(0, SLOTS, BLOCK):
+                j = start + tl.arange(0, BLOCK)
+                rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
+                keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
+                k = _unit(_load(keys, holds_j, D), COSINE)
+                v = _load(keys + C, holds_j, D)
+                bias_tile = _load_bias(bias, head, i[:, None], j[None, :], SHAPE)
+                scores = _scores(q, k, i, j, bias_tile, factor, cuts, SHAPE)
+                m_prev = m_i
+                m_i = tl.maximum(m_prev, tl.max(scores, 1))
+                weights = tl.exp2(scores - m_i[:, None])
+                alpha = tl.exp2(m_prev - m_i)
+                l_i = l_i * alpha + tl.sum(weights, 1)
+                result = result * alpha[:, None] + _dot(weights.to(v.dtype), v)
+        _store(out + _offset(rows_i, C) + head * D, result * (1.0 / l_i)[:, None], real_i, D)
+        if SAVE:
+            token, _ = _token(i, SHAPE)
+            tl.store(lse + (window * heads + head) * N + token, m_i + tl.log2(l_i), mask=holds_i)
+
+
+@_jit
+def _store_pad(grad_pad, sum_k, sum_v, heads, D: tl.constexpr):
+    """A program's part of the gradient of padding, (3, h, D); queries of padding affect no output."""
+    head = tl.program_id(0) % heads
+    to = grad_pad + ((tl.program_id(0) // heads).to(tl.int64) * 3 * heads + head) * D + tl.arange(0, D)
+    tl.store(to, tl.zeros([D], tl.float32))
+    tl.store(to + heads * D, sum_k)
+    tl.store(to + 2 * heads * D, sum_v)
 
 
 @_jit
@@ -217,21 +265,24 @@ def _backward(
     if COSINE:
         factor = tl.load(scales + head)
     i = tl.arange(0, BLOCK)
-    token, holds = _token(i, SHAPE)
-    bias_tile = _load_bias(bias + head * N * N, i[:, None], i[None, :], SHAPE)
+    token, has_token = _token(i, SHAPE)
+    bias_tile = _load_bias(bias, head, i[:, None], i[None, :], SHAPE)
     sum_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
     sum_k = tl.zeros([D], tl.float32)
     sum_v = tl.zeros([D], tl.float32)
     sum_scale = 0.0
     for window in range(tl.program_id(0) // heads, windows, splits):
-        rows, real = _place(window, i, geometry, SHAPE)
-        q = _load(qkv + rows * 3 * C + head * D, real, D)
-        k, v = _load_keys(qkv, pad, rows, real, i, head, C, D, SHAPE)
-        g = _load(grad + rows * C + head * D, real, D)  # 0 for padding, whose outputs are discarded
+        location = _locate(window, geometry)
+        rows, real, holds = _place(location, i, geometry, SHAPE)
+        queries = _queries(qkv, pad, rows, real, head, C, D)
+        q = _load(queries, holds, D)
+        k = _load(queries + C, holds, D)
+        v = _load(queries + 2 * C, holds, D)
+        g = _load(grad + _offset(rows, C) + head * D, real, D)  # 0 for padding, whose outputs are discarded
         log_sum = tl.load(lse + (window * heads + head) * N + token, mask=holds, other=float('inf'))
         unit_q, unit_k = _unit(q, COSINE), _unit(k, COSINE)
 
-        cuts = _cuts(window, geometry, SHAPE)
+        cuts = _cuts(location, geometry, SHAPE)
         weights = tl.exp2(_scores(unit_q, unit_k, i, i, bias_tile, factor, cuts, SHAPE) - log_sum[:, None])
         grad_v = _dot(tl.trans(weights.to(g.dtype)), g)
         grad_scores = weights * _dot(g, tl.trans(v))
@@ -244,21 +295,20 @@ def _backward(
         grad_q = _unit_backward(grad_q * factor, q, COSINE)
         grad_k = _unit_backward(_dot(tl.trans(grad_scores), unit_q) * factor, k, COSINE)
 
-        to = grad_qkv + rows * 3 * C + head * D
+        to = grad_qkv + _offset(rows, 3 * C) + head * D
         _store(to, grad_q, real, D)
         _store(to + C, grad_k, real, D)
         _store(to + 2 * C, grad_v, real, D)
-        if _has_padding(window, geometry, SHAPE):
+        if _has_padding(location, geometry, SHAPE):
             sum_k += tl.sum(tl.where(real[:, None], 0.0, grad_k), 0)
             sum_v += tl.sum(tl.where(real[:, None], 0.0, grad_v), 0)
 
+    _store_pad(grad_pad, sum_k, sum_v, heads, D)
     part = tl.program_id(0).to(tl.int64)
-    tl.store(grad_pad + part * 2 * D + tl.arange(0, D), sum_k)
-    tl.store(grad_pad + part * 2 * D + D + tl.arange(0, D), sum_v)
     if COSINE:
         tl.store(grad_scales + part, sum_scale)
     pairs = token[:, None] * N + token[None, :]
-    tl.store(grad_bias + part * N * N + pairs, sum_bias, mask=holds[:, None] & holds[None, :])
+    tl.store(grad_bias + part * N * N + pairs, sum_bias, mask=has_token[:, None] & has_token[None, :])
 
 
 @_jit
@@ -275,32 +325,34 @@ def _backward_q(
     if COSINE:
         factor = tl.load(scales + head)
     i = tl.program_id(0) // heads // splits * BLOCK + tl.arange(0, BLOCK)
-    token, holds = _token(i, SHAPE)
     sum_scale = 0.0
     for window in range(tl.program_id(0) // heads % splits, windows, splits):
-        cuts = _cuts(window, geometry, SHAPE)
-        rows_i, real_i = _place(window, i, geometry, SHAPE)
-        q = _load(qkv + rows_i * 3 * C + head * D, real_i, D)
+        location = _locate(window, geometry)
+        cuts = _cuts(location, geometry, SHAPE)
+        rows_i, real_i, holds_i = _place(location, i, geometry, SHAPE)
+        q = _load(_queries(qkv, pad, rows_i, real_i, head, C, D), holds_i, D)
         unit_q = _unit(q, COSINE)
-        g = _load(grad + rows_i * C + head * D, real_i, D)
-        o = _load(out + rows_i * C + head * D, real_i, D)
-        queries = (window * heads + head) * N + token
-        log_sum = tl.load(lse + queries, mask=holds, other=float('inf'))
+        g = _load(grad + _offset(rows_i, C) + head * D, real_i, D)
+        o = _load(out + _offset(rows_i, C) + head * D, real_i, D)
+        sums = (window * heads + head) * N + _token(i, SHAPE)[0]
+        log_sum = tl.load(lse + sums, mask=holds_i, other=float('inf'))
         product = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
-        tl.store(delta + queries, product, mask=holds)
+        tl.store(delta + sums, product, mask=holds_i)
         grad_q = tl.zeros([BLOCK, D], tl.float32)
         for start in range(0, SHAPE[0] * SHAPE[2], BLOCK):
             j = start + tl.arange(0, BLOCK)
-            rows_j, real_j = _place(window, j, geometry, SHAPE)
-            k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
-            k = _unit(k, COSINE)
-            bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
+            rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
+            keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
+            k = _unit(_load(keys, holds_j, D), COSINE)
+            v = _load(keys + C, holds_j, D)
+            bias_tile = _load_bias(bias, head, i[:, None], j[None, :], SHAPE)
             weights = tl.exp2(_scores(unit_q, k, i, j, bias_tile, factor, cuts, SHAPE) - log_sum[:, None])
             grad_scores = weights * (_dot(g, tl.trans(v)) - product[:, None])
             grad_q += _dot(grad_scores.to(k.dtype), k)
         if COSINE:
             sum_scale += tl.sum(grad_q * unit_q)
-        _store(grad_qkv + rows_i * 3 * C + head * D, _unit_backward(grad_q * factor, q, COSINE), real_i, D)
+        to = grad_qkv + _offset(rows_i, 3 * C) + head * D
+        _store(to, _unit_backward(grad_q * factor, q, COSINE), real_i, D)
     if COSINE:
         tl.store(grad_scales + tl.program_id(0), sum_scale)
 
@@ -322,36 +374,36 @@ def _backward_kv(
     sum_k = tl.zeros([D], tl.float32)
     sum_v = tl.zeros([D], tl.float32)
     for window in range(tl.program_id(0) // heads % splits, windows, splits):
-        cuts = _cuts(window, geometry, SHAPE)
-        rows_j, real_j = _place(window, j, geometry, SHAPE)
-        k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
+        location = _locate(window, geometry)
+        cuts = _cuts(location, geometry, SHAPE)
+        rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
+        keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
+        k = _load(keys, holds_j, D)
+        v = _load(keys + C, holds_j, D)
         unit_k = _unit(k, COSINE)
         grad_k = tl.zeros([BLOCK, D], tl.float32)
         grad_v = tl.zeros([BLOCK, D], tl.float32)
         for start in range(0, SHAPE[0] * SHAPE[2], BLOCK):
             i = start + tl.arange(0, BLOCK)
-            token, holds = _token(i, SHAPE)
-            rows_i, real_i = _place(window, i, geometry, SHAPE)
-            q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
-            g = _load(grad + rows_i * C + head * D, real_i, D)
-            queries = (window * heads + head) * N + token
-            log_sum = tl.load(lse + queries, mask=holds, other=float('inf'))
-            product = tl.load(delta + queries, mask=holds, other=0.0)
-            bias_tile = _load_bias(bias + head * N * N, i[None, :], j[:, None], SHAPE)
+            rows_i, real_i, holds_i = _place(location, i, geometry, SHAPE)
+            q = _unit(_load(_queries(qkv, pad, rows_i, real_i, head, C, D), holds_i, D), COSINE)
+            g = _load(grad + _offset(rows_i, C) + head * D, real_i, D)
+            sums = (window * heads + head) * N + _token(i, SHAPE)[0]
+            log_sum = tl.load(lse + sums, mask=holds_i, other=float('inf'))
+            product = tl.load(delta + sums, mask=holds_i, other=0.0)
+            bias_tile = _load_bias(bias, head, i[None, :], j[:, None], SHAPE)
             weights = tl.exp2(_scores(unit_k, q, j, i, bias_tile, factor, cuts, SHAPE) - log_sum[None, :])
             grad_v += _dot(weights.to(g.dtype), g)
             grad_scores = weights * (_dot(v, tl.trans(g)) - product[None, :])
             grad_k += _dot(grad_scores.to(q.dtype), q)
         grad_k = _unit_backward(grad_k * factor, k, COSINE)
-        to = grad_qkv + rows_j * 3 * C + head * D
+        to = grad_qkv + _offset(rows_j, 3 * C) + head * D
         _store(to + C, grad_k, real_j, D)
         _store(to + 2 * C, grad_v, real_j, D)
-        if _has_padding(window, geometry, SHAPE):
+        if _has_padding(location, geometry, SHAPE):
             sum_k += tl.sum(tl.where(real_j[:, None], 0.0, grad_k), 0)
             sum_v += tl.sum(tl.where(real_j[:, None], 0.0, grad_v), 0)
-    part = tl.program_id(0).to(tl.int64)
-    tl.store(grad_pad + part * 2 * D + tl.arange(0, D), sum_k)
-    tl.store(grad_pad + part * 2 * D + D + tl.arange(0, D), sum_v)
+    _store_pad(grad_pad, sum_k, sum_v, heads, D)
 
 
 @_jit
@@ -372,26 +424,46 @@ def _backward_bias(
         factor = tl.load(scales + head)
     i = block // BLOCKS * BLOCK + tl.arange(0, BLOCK)
     j = block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    token_i, holds_i = _token(i, SHAPE)
-    token_j, holds_j = _token(j, SHAPE)
-    bias_tile = _load_bias(bias + head * N * N, i[:, None], j[None, :], SHAPE)
+    (token_i, has_i), (token_j, has_j) = _token(i, SHAPE), _token(j, SHAPE)
+    bias_tile = _load_bias(bias, head, i[:, None], j[None, :], SHAPE)
     sum_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
     for window in range(split, windows, splits):
-        cuts = _cuts(window, geometry, SHAPE)
-        rows_i, real_i = _place(window, i, geometry, SHAPE)
-        rows_j, real_j = _place(window, j, geometry, SHAPE)
-        q = _unit(_load(qkv + rows_i * 3 * C + head * D, real_i, D), COSINE)
-        k, v = _load_keys(qkv, pad, rows_j, real_j, j, head, C, D, SHAPE)
-        g = _load(grad + rows_i * C + head * D, real_i, D)
-        queries = (window * heads + head) * N + token_i
-        log_sum = tl.load(lse + queries, mask=holds_i, other=float('inf'))
-        product = tl.load(delta + queries, mask=holds_i, other=0.0)
-        scores = _scores(q, _unit(k, COSINE), i, j, bias_tile, factor, cuts, SHAPE)
-        weights = tl.exp2(scores - log_sum[:, None])
+        location = _locate(window, geometry)
+        cuts = _cuts(location, geometry, SHAPE)
+        rows_i, real_i, holds_i = _place(location, i, geometry, SHAPE)
+        rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
+        q = _unit(_load(_queries(qkv, pad, rows_i, real_i, head, C, D), holds_i, D), COSINE)
+        keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
+        k = _unit(_load(keys, holds_j, D), COSINE)
+        v = _load(keys + C, holds_j, D)
+        g = _load(grad + _offset(rows_i, C) + head * D, real_i, D)
+        sums = (window * heads + head) * N + token_i
+        log_sum = tl.load(lse + sums, mask=holds_i, other=float('inf'))
+        product = tl.load(delta + sums, mask=holds_i, other=0.0)
+        weights = tl.exp2(_scores(q, k, i, j, bias_tile, factor, cuts, SHAPE) - log_sum[:, None])
         sum_bias += weights * (_dot(g, tl.trans(v)) - product[:, None])
     pairs = token_i[:, None] * N + token_j[None, :]
     to = grad_bias + (split * heads + head) * N * N
-    tl.store(to + pairs, sum_bias, mask=holds_i[:, None] & holds_j[None, :])
+    tl.store(to + pairs, sum_bias, mask=has_i[:, None] & has_j[None, :])
+
+
+@lru_cache
+def sm_count(device: torch.device) -> int:
+    """The number of streaming multiprocessors of a GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == 'cuda' else 1
+
+
+@lru_cache
+def _constants(dtype: torch.dtype, window: Size, head_size: int, cosine: bool, tile: int) -> tuple[dict[str, Any], int]:
+    """The constants of the kernels, and the number of tiles along a window's tokens."""
+    Hw, Ww = window
+    pitch = triton.next_power_of_2(Ww)  # avoids a division per slot; used only if the tile does not grow
+    if Hw * pitch > tile:
+        pitch = Ww
+    block = max(16, min(tile, triton.next_power_of_2(Hw * pitch)))  # tl.dot needs at least 16
+    constants = {'COSINE': cosine, 'SHAPE': (Hw, Ww, pitch), 'D': head_size, 'BLOCK': block}
+    # float32 does not use tensor cores, and its tiles need the registers of twice as many threads.
+    return constants | {'num_warps': 8 if dtype == torch.float32 else 4}, -(-Hw * pitch // block)
 
 
 class _Call:
@@ -407,65 +479,122 @@ class _Call:
         window: Sequence[int],
         shift: Sequence[int],
     ) -> None:
+        B, H, W, C = qkv.shape
         Hw, Ww = window
-        pitch = triton.next_power_of_2(Ww)  # avoids a division per slot; used only if the tile does not grow
-        if Hw * pitch > TILE:
-            pitch = Ww
-        self.heads = bias.shape[0]
-        B, H, W, _ = qkv.shape
-        down, across = _grid(qkv, window)
-        self.windows = B * down * across
-        block = max(16, min(TILE, triton.next_power_of_2(Hw * pitch)))  # tl.dot needs at least 16
-        self.blocks = -(-Hw * pitch // block)
+        down, across = -(-H // Hw), -(-W // Ww)
+        self.heads, self.windows = len(bias), B * down * across
+        self.head_size = C // 3 // self.heads
+        self.constants, self.blocks = _constants(qkv.dtype, (Hw, Ww), self.head_size, scales is not None, TILE)
         # The kernels assume aligned rows; views into larger tensors may be unaligned.
-        qkv, pad = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (qkv, pad))
-        self.tensors = (qkv, pad, bias, qkv if scales is None else scales)
+        qkv, pad, bias = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (qkv, pad, bias))
+        self.tensors = (qkv, pad, bias.contiguous(), qkv if scales is None else scales)
         self.numbers = (factor, self.windows, H, W, down, across, *shift, self.heads)
-        # float32 does not use tensor cores, and its tiles need the registers of twice as many threads.
-        warps, self.stages = (8, 1) if qkv.dtype == torch.float32 else (4, 2)
-        self.constants = {
-            'COSINE': scales is not None,
-            'SHAPE': (Hw, Ww, pitch),
-            'D': qkv.shape[3] // 3 // self.heads,
-            'BLOCK': block,
-            'num_warps': warps,
-        }
 
-    def splits(self, blocks: int) -> int:
-        """The number of programs among which the windows are divided, for each head and each of ``blocks`` blocks."""
-        return max(1, min(self.windows, PROGRAMS // (self.heads * blocks)))
+    def splits(self, blocks: int, kind: str) -> int:
+        """The number of programs among which the windows are divided, for each head and each of ``blocks`` blocks.
 
-    def launch(self, kernel, blocks: int, *tensors: Tensor) -> None:
+        All programs run at a time, so that each loads the bias once for as many windows as possible.
+        """
+        programs = sm_count(self.tensors[0].device) * PROGRAMS_PER_SM[kind]
+        rounds = -(-self.windows // max(1, programs // (self.heads * blocks)))
+        return -(-self.windows // max(1, rounds))
+
+    def launch(self, kernel, blocks: int, kind: str, *tensors: Tensor, **constants: int) -> None:
         """Start a program for each head, split and block, head first."""
-        splits = self.splits(blocks)
-        stages = 1 if kernel is _backward_kv else self.stages  # no registers left for prefetching
-        with torch.cuda.device_of(self.tensors[0]):  # kernels start on the current device
-            grid = (self.heads * splits * blocks,)
-            kernel[grid](*self.tensors, *tensors, *self.numbers, splits, **self.constants, num_stages=stages)
+        splits = self.splits(blocks, kind)
+        arguments = (*self.tensors, *tensors, *self.numbers, splits)
+        launch(kernel, self.heads * splits * blocks, arguments, {'num_stages': 1, **self.constants, **constants})
 
 
-def _grid(qkv: Tensor, window: Sequence[int]) -> Size:
-    """Windows down and across the padded map."""
-    return -(-qkv.shape[1] // window[0]), -(-qkv.shape[2] // window[1])
+def launch(kernel, programs: int, arguments: tuple, constants: dict[str, Any]) -> None:
+    """Start a kernel on the device of its first argument. Everything that runs goes through this function."""
+    with torch.cuda.device_of(arguments[0]):  # kernels start on the current device
+        kernel[(programs,)](*arguments, **constants)
+
+
+def _allocate(qkv, pad, bias, scales, factor, save, window, shift):
+    """Output, and log-sum-exp (B * nW, h, N) if ``save``, otherwise empty."""
+    B, H, W, C = qkv.shape
+    windows = B * -(-H // window[0]) * -(-W // window[1])
+    sums = (windows, *bias.shape[:2]) if save else (0,)
+    out = torch.empty((B, H, W, C // 3), dtype=qkv.dtype, device=qkv.device)
+    return out, torch.empty(sums, dtype=torch.float32, device=qkv.device)
+
+
+def forward(
+    qkv: Tensor,
+    pad: Tensor,
+    bias: Tensor,
+    scales: Tensor | None,
+    factor: float,
+    save: bool,
+    window: Sequence[int],
+    shift: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Output, and what the backward pass needs of it if ``save``: log-sum-exp, (B * nW, h, N)."""
+    call = _Call(qkv, pad, bias, scales, factor, window, shift)
+    out, lse = _allocate(qkv, pad, bias, scales, factor, save, window, shift)
+    # Load one window ahead. Elsewhere that takes registers, of which the other kernels have none left.
+    stages = 3 if call.blocks == 1 and qkv.dtype != torch.float32 else 1
+    call.launch(_forward, call.blocks, 'forward', out, lse, SAVE=save, num_stages=stages)
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    pad: Tensor,
+    bias: Tensor,
+    scales: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    factor: float,
+    window: Sequence[int],
+    shift: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of qkv, pad, bias and scales, the last one empty without scales."""
+    call = _Call(qkv, pad, bias, scales, factor, window, shift)
+    heads, N, _ = bias.shape
+    blocks, splits = call.blocks, call.splits(call.blocks, 'backward')
+
+    def parts(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=qkv.device)
+
+    grad = grad.contiguous()
+    grad_qkv = torch.empty_like(qkv)
+    grad_pad = parts(blocks * splits, 3 * heads * call.head_size)
+    grad_scales = parts(blocks * splits, 0 if scales is None else heads)
+    grad_bias = parts(call.splits(blocks**2, 'backward'), heads, N, N)
+    if blocks == 1:
+        call.launch(_backward, 1, 'backward', lse, grad, grad_qkv, grad_pad, grad_bias, grad_scales)
+    else:
+        delta = torch.empty_like(lse)
+        call.launch(_backward_q, blocks, 'backward', out, lse, grad, grad_qkv, delta, grad_scales)
+        call.launch(_backward_kv, blocks, 'backward', lse, delta, grad, grad_qkv, grad_pad)
+        call.launch(_backward_bias, blocks**2, 'backward', lse, delta, grad, grad_bias)
+    grad_scales = grad_scales.sum(0) if len(grad_scales[0]) else grad_scales[0]
+    return grad_qkv, grad_pad.sum(0).to(pad.dtype), grad_bias.sum(0).to(bias.dtype), grad_scales
+
+
+# In compiled code and under modes that see operators, such as FlopCounterMode, the kernels are operators. These take
+# more of the host's time than the plain autograd function below, which eager code uses.
 
 
 @torch.library.custom_op('swin_mm::window_attention', mutates_args=())
 def _op(
-    qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, factor: float, window: list[int], shift: list[int]
+    qkv: Tensor,
+    pad: Tensor,
+    bias: Tensor,
+    scales: Tensor | None,
+    factor: float,
+    save: bool,
+    window: list[int],
+    shift: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp, (B * nW, h, N)."""
-    call = _Call(qkv, pad, bias, scales, factor, window, shift)
-    out, lse = _allocate(qkv, pad, bias, scales, factor, window, shift)
-    call.launch(_forward, call.blocks, out, lse)
-    return out, lse
+    return forward(qkv, pad, bias, scales, factor, save, window, shift)
 
 
-@_op.register_fake
-def _allocate(qkv, pad, bias, scales, factor, window, shift):
-    heads, N, _ = bias.shape
-    out = qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
-    down, across = _grid(qkv, window)
-    return out, qkv.new_empty(qkv.shape[0] * down * across, heads, N, dtype=torch.float32)
+_op.register_fake(_allocate)
 
 
 @torch.library.custom_op('swin_mm::window_attention_backward', mutates_args=())
@@ -473,46 +602,28 @@ def _backward_op(
     grad: Tensor, qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, out: Tensor, lse: Tensor,
     factor: float, window: list[int], shift: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv, pad, bias and scales, the last one empty without scales."""
-    call = _Call(qkv, pad, bias, scales, factor, window, shift)
-    heads, N, _ = bias.shape
-    blocks, splits = call.blocks, call.splits(call.blocks)
-
-    def parts(*shape: int) -> Tensor:
-        return qkv.new_empty(shape, dtype=torch.float32)
-
-    grad = grad.contiguous()
-    grad_qkv = torch.empty_like(qkv)
-    grad_pad = parts(blocks * splits, heads, 2, call.constants['D'])
-    grad_scales = parts(blocks * splits, 0 if scales is None else heads)
-    grad_bias = parts(call.splits(blocks**2), heads, N, N)
-    if blocks == 1:
-        call.launch(_backward, 1, lse, grad, grad_qkv, grad_pad, grad_bias, grad_scales)
-    else:
-        delta = torch.empty_like(lse)
-        call.launch(_backward_q, blocks, out, lse, grad, grad_qkv, delta, grad_scales)
-        call.launch(_backward_kv, blocks, lse, delta, grad, grad_qkv, grad_pad)
-        call.launch(_backward_bias, blocks**2, lse, delta, grad, grad_bias)
-    grad_k, grad_v = grad_pad.sum(0).unbind(1)
-    grad_pad = torch.cat([torch.zeros_like(grad_k), grad_k, grad_v]).flatten()  # queries of padding affect no output
-    return grad_qkv, grad_pad.to(pad.dtype), grad_bias.sum(0).to(bias.dtype), grad_scales.sum(0)
+    return backward(grad, qkv, pad, bias, scales, out, lse, factor, window, shift)
 
 
 @_backward_op.register_fake
 def _(grad, qkv, pad, bias, scales, out, lse, factor, window, shift):
     grad_scales = qkv.new_empty(0 if scales is None else bias.shape[0], dtype=torch.float32)
-    return torch.empty_like(qkv), torch.empty_like(pad), torch.empty_like(bias), grad_scales
+    return torch.empty_like(qkv), torch.empty_like(pad), bias.new_empty(bias.shape), grad_scales
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.factor, ctx.window, ctx.shift = inputs
+    *tensors, ctx.factor, _, ctx.window, ctx.shift = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
+def _differentiate(ctx, grad, compute) -> tuple[Tensor | None, ...]:
+    grads = compute(grad, *ctx.saved_tensors, ctx.factor, ctx.window, ctx.shift)
+    return *grads[:3], None if ctx.saved_tensors[3] is None else grads[3], None, None, None, None
+
+
 def _backward_autograd(ctx, grad, _):
-    grads = _backward_op(grad, *ctx.saved_tensors, ctx.factor, ctx.window, ctx.shift)
-    return *grads[:3], None if ctx.saved_tensors[3] is None else grads[3], None, None, None
+    return _differentiate(ctx, grad, _backward_op)
 
 
 _op.register_autograd(_backward_autograd, setup_context=_setup_context)
@@ -520,18 +631,51 @@ _backward_op.register_autograd(no_second_derivative)
 register_flops('window_attention')
 
 
+class _WindowAttention(Function):
+    """The same without the dispatcher."""
+
+    @staticmethod
+    def forward(ctx, qkv, pad, bias, scales, factor, window, shift):
+        out, lse = forward(qkv, pad, bias, scales, factor, True, window, shift)
+        ctx.save_for_backward(qkv, pad, bias, scales, out, lse)
+        ctx.factor, ctx.window, ctx.shift = factor, window, shift
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        # With create_graph=True the operator raises the error for second derivatives, if they are taken.
+        compute = _backward_op if torch.is_grad_enabled() else backward
+        return _differentiate(ctx, grad, compute)[:7]
+
+
+def operators_are_seen(qkv: Tensor) -> bool:
+    """Whether someone may look at the operators: a compiler, a tensor subclass, a dispatch mode, a transform."""
+    if torch.compiler.is_compiling() or type(qkv) is not Tensor:
+        return True
+    # There is no public API. Where this private one is missing, the operators are used always.
+    return functorch_active() or getattr(torch._C, '_len_torch_dispatch_stack', lambda: 1)() > 0
+
+
 def attention(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
 ) -> Tensor:
     """See :func:`swin_mm.ops.attention.reference.attention`; for inputs that :func:`unsupported_reason` accepts."""
     scales, factor = (scale.float().flatten(), 1.0) if isinstance(scale, Tensor) else (None, scale)
-    return _op(qkv.contiguous(), pad.to(qkv.dtype), bias.contiguous(), scales, factor, list(window), list(shift))[0]
+    tensors = qkv.contiguous(), pad.to(qkv.dtype), bias, scales
+    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if operators_are_seen(qkv):
+        return _op(*tensors, factor, train, list(window), list(shift))[0]
+    if train:
+        return _WindowAttention.apply(*tensors, factor, window, shift)
+    return forward(*tensors, factor, False, window, shift)[0]
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
     """Why :func:`attention` does not support such inputs, or None if it does."""
     if triton is None:
         return 'triton is not installed'
+    if tuple(map(int, re.findall(r'\d+', triton.__version__)[:2])) < OLDEST_TRITON:
+        return f'triton {triton.__version__} is older than {".".join(map(str, OLDEST_TRITON))}'
     if dropout:
         return 'it has no dropout'
     if dtype not in DTYPES:
@@ -542,6 +686,8 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int,
         return 'the interpreter does not multiply bfloat16' if dtype == torch.bfloat16 else None
     if device.type != 'cuda':
         return f'it does not run on {device.type}'
+    if not torch.cuda.is_available():  # tensors without data can be on a GPU that is not there
+        return 'there is no GPU'
     if torch.cuda.get_device_capability(device) < (8, 0):
         return 'the GPU is older than Ampere'
     return None

@@ -1,0 +1,164 @@
+"""Check of an attention kernel against the definition, which ``attention='auto'`` makes before it trusts the kernel.
+
+A kernel that is compiled on the user's machine may fail there for reasons that no test elsewhere can find: a missing
+compiler, a version of Triton or a driver with a bug, a new GPU.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swin_mm.ops.attention import reference
+from swin_mm.ops.windows import Size, tracing
+
+LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value of each tensor
+HEADS = 2
+INPUTS = ('qkv', 'padding', 'the bias', 'the scale')
+NAMES = ('output', 'output in training', *(f'gradient of {name}' for name in INPUTS))
+
+
+class Case(NamedTuple):
+    """What a kernel is compiled for.
+
+    Args:
+        device: with its index.
+        dtype: of q, k and v.
+        bias_dtype: of the position bias.
+        window: (Hw, Ww).
+        head_size: d.
+        cosine: cosine attention (V2).
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    bias_dtype: torch.dtype
+    window: Size
+    head_size: int
+    cosine: bool
+
+    def __str__(self) -> str:
+        """The case in messages."""
+        kind = 'cosine attention' if self.cosine else 'attention'
+        size = f'{kind} in windows of {self.window[0]} x {self.window[1]}, {self.head_size} channels a head'
+        return f'{size}, {self.dtype} with bias {self.bias_dtype}, on {self.device}'
+
+
+_problems: dict[Case, str] = {}
+
+
+def forget() -> None:
+    """Forget all results, so that the next use of each case is checked again."""
+    _problems.clear()
+    _warn.cache_clear()
+
+
+def is_trusted(
+    attention: Callable[..., Tensor], qkv: Tensor, bias: Tensor, window: Size, scale: float | Tensor
+) -> bool:
+    """Whether a kernel may be used for these inputs. The first use of each case in eager mode is checked.
+
+    Nothing is checked in compilers, on tensors without data and while a CUDA graph is captured; a kernel of which no
+    problem is known is trusted there. When the memory does not suffice for the check, the kernel is not used this time.
+    """
+    head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
+    if torch.compiler.is_compiling():
+        return not _known_problem(qkv.device, qkv.dtype, head_size)
+    case = Case(qkv.device, qkv.dtype, bias.dtype, window, head_size, isinstance(scale, Tensor))
+    if case not in _problems:
+        if type(qkv) is not Tensor or tracing():
+            return True
+        try:
+            _problems[case] = problem = find_problem(attention, case)
+        except torch.OutOfMemoryError:
+            return False
+        if problem:
+            _warn(f'the triton attention kernel is not used for {case}: {problem}')
+    return not _problems[case]
+
+
+@torch.compiler.assume_constant_result
+def _known_problem(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """A problem that was found in such inputs in eager mode, or ''; the size of a compiled window may be symbolic."""
+    same = (p for c, p in _problems.items() if p and (c.device, c.dtype, c.head_size) == (device, dtype, head_size))
+    return next(same, '')
+
+
+@lru_cache
+def _warn(message: str) -> None:
+    """Log a message, once."""
+    logging.getLogger('swin_mm').warning('%s; sdpa is used instead', message)
+
+
+def find_problem(attention: Callable[..., Tensor], case: Case) -> str:
+    """Compare a kernel with the definition in float64: outputs and gradients on a small map with padding and shift.
+
+    Args:
+        attention: with the signature of :func:`swin_mm.ops.attention.reference.attention`.
+        case: what to compare.
+
+    Returns:
+        What is wrong, in one line, or ''.
+
+    Raises:
+        torch.OutOfMemoryError: the memory does not suffice.
+    """
+    # A thread of its own has no autocast, inference mode, dispatch modes, hooks on saved tensors and the like.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_compare, attention, case).result()
+
+
+def _compare(attention: Callable[..., Tensor], case: Case) -> str:
+    try:
+        tensors = _inputs(case)
+        exact = [t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for t in tensors]
+        shift = ((case.window[0] - 1) // 2, (case.window[1] - 1) // 2)
+
+        def apply(attention: Callable[..., Tensor], inputs: list) -> Tensor:
+            return attention(*inputs[:3], case.window, shift, inputs[3])
+
+        def differentiate(out: Tensor, inputs: list) -> list[Tensor]:
+            return list(torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor)], grad.to(out.dtype)))
+
+        expected = apply(reference.attention, exact)
+        # With a gradient that is like the output, the sum that is the gradient of the scale does not cancel out.
+        grad = (expected.detach() + _wave(expected.shape, 1.7, case.device)).to(case.dtype)
+        with torch.no_grad():
+            frozen = apply(attention, tensors)
+        out = apply(attention, tensors)
+        actual = [frozen, out, *differentiate(out, tensors)]
+        for name, a, e in zip(NAMES, actual, [expected, expected, *differentiate(expected, exact)], strict=False):
+            error, largest = (a.double() - e).abs().max().item(), e.abs().max().item()
+            if not error <= LIMITS[case.dtype] * largest:  # NaN is an error
+                return f'its {name} differs from the definition by {error / largest:.2g} of the largest value'
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'out of memory' in str(error):
+            raise torch.OutOfMemoryError(str(error)) from error
+        return f'it fails with {type(error).__name__}: {" ".join(str(error).split())[:300]}'
+    return ''
+
+
+def _wave(shape: torch.Size, step: float, device: torch.device) -> Tensor:
+    """Numbers that look random. Drawing random numbers would change those that a training draws."""
+    return torch.arange(shape.numel(), dtype=torch.float64, device=device).mul_(step).sin_().mul_(1.5).view(shape)
+
+
+def _inputs(case: Case) -> list:
+    """Map, padding, bias and scale."""
+    Hw, Ww = case.window
+    # 2 x 3 windows; some tokens of each kind attend to padding, which is less than what the shift leaves of a window.
+    size = (2 * Hw - (Hw + 2) // 4, 3 * Ww - (Ww + 2) // 4)
+    C, N = HEADS * case.head_size, Hw * Ww
+    shapes = (2, *size, 3 * C), (3 * C,), (HEADS, N, N)
+    dtypes = case.dtype, case.dtype, case.bias_dtype
+    tensors: list = [
+        _wave(torch.Size(shape), step, case.device).to(dtype).requires_grad_()
+        for shape, step, dtype in zip(shapes, (2.3, 1.9, 1.3), dtypes, strict=True)
+    ]
+    if not case.cosine:
+        return [*tensors, case.head_size**-0.5]
+    return [*tensors, torch.tensor([4.0, 9.0], device=case.device, requires_grad=True)]
