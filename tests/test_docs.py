@@ -37,6 +37,7 @@ from mmengine.registry import MODELS, init_default_scope
 from support.tool_fixtures import ROOT, make_data
 
 from swin_mm import cli
+from swin_mm.checkpoints.files import current_address
 from swin_mm.models.swin import ARCHS, SwinPyramid
 from swin_mm.openmmlab import config
 from swin_mm.openmmlab.config import iter_dicts
@@ -343,9 +344,14 @@ def provide(name: str, config: str, folder: Path, runs) -> str:
 
 @cache
 def published() -> str:
-    """The URLs of checkpoints in the libraries' metafiles."""
+    """The URLs of checkpoints in the libraries' metafiles, on the hosts of today."""
     folders = [Path(resolve_name(name).__file__).parent / '.mim/configs/swin' for name in ('mmdet', 'mmseg')]
-    return '\n'.join(file.read_text() for folder in folders for file in folder.glob('metafile.y*ml'))
+    return '\n'.join(
+        current_address(word)
+        for folder in folders
+        for file in folder.glob('metafile.y*ml')
+        for word in file.read_text().split()
+    )
 
 
 def launched(words: list[str]) -> list[str]:
