@@ -49,6 +49,8 @@ NOT_RUN = {
     r'(MMCV_WITH_OPS=1 )?pip install ': 'changes the environment; tests/test_packaging.py checks what is installed',
     r'\. \.venv/bin/activate': 'the tests run in it',
     r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data is in place already",
+    r'MM(DET|SEG)=|python \$MM(DET|SEG)/': 'tools of mmdet and mmseg; see tests/openmmlab/test_openmmlab_tools.py',
+    r'docker ': 'cannot run here; tests/test_packaging.py compares its commands with the documented ones',
     r'python tools/demo\.py ': 'takes minutes; see tests/tools/test_demo.py',
     r'python tools/export\.py ': 'takes up to a minute; see tests/tools/test_export.py. Its arguments are parsed below',
 }
@@ -436,8 +438,8 @@ def test_configs_build(piece, tmp_path):
 @on_cpu
 @each([block for block in PYTHON if not is_config(block)])
 def test_python_runs(piece, folder, runs):
-    if piece.page == 'docs/export.md' or 'from_pretrained(' in piece.text:
-        ast.parse(piece.text)  # it reads files that tests of export.py and convert_checkpoint.py write, and run so
+    if piece.page in ('docs/export.md', 'docs/openmmlab_tools.md') or 'from_pretrained(' in piece.text:
+        ast.parse(piece.text)  # it reads files that tests of tools write, and run so
         return
     for name in re.findall(r"'([\w/.-]+\.pth)'", piece.text):
         if name == WEIGHTS:
