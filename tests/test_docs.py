@@ -50,6 +50,7 @@ NOT_RUN = {
     r'\. \.venv/bin/activate': 'the tests run in it',
     r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data is in place already",
     r'MM(DET|SEG)=|python \$MM(DET|SEG)/': 'tools of mmdet and mmseg; see tests/openmmlab/test_openmmlab_tools.py',
+    r'mim ': 'needs openmim; see .ci/check_packages.py',
     r'docker ': 'cannot run here; tests/test_packaging.py compares its commands with the documented ones',
     r'python tools/demo\.py ': 'takes minutes; see tests/tools/test_demo.py',
     r'python tools/export\.py ': 'takes up to a minute; see tests/tools/test_export.py. Its arguments are parsed below',
