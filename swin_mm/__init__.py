@@ -12,6 +12,7 @@ __all__ = ['__version__', 'optimize_for_inference']
 
 if find_spec('mmengine'):  # without it, the plain model in swin_mm.models.swin can still be imported
     from swin_mm.openmmlab.backbone import SwinTransformer, SwinTransformerV2
+    from swin_mm.openmmlab.config import config_path
     from swin_mm.openmmlab.layer_decay import LayerDecayOptimWrapperConstructor
     from swin_mm.openmmlab.loading import CompleteBackboneHook
 
@@ -20,4 +21,5 @@ if find_spec('mmengine'):  # without it, the plain model in swin_mm.models.swin 
         'LayerDecayOptimWrapperConstructor',
         'SwinTransformer',
         'SwinTransformerV2',
+        'config_path',
     ]

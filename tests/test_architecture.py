@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = ('utils', 'ops', 'models', 'checkpoints', 'openmmlab', 'engine', 'analysis', 'cli', 'tools')
 LEVELS = {name: level for level, name in enumerate(ORDER)} | {
     'version': 0,
+    'registry': ORDER.index('openmmlab'),
     'doctor': ORDER.index('cli'),
     'benchmarks': ORDER.index('tools'),
 }
@@ -138,7 +139,7 @@ def place(path: Path, line: int) -> str:
 
 def test_every_part_of_the_package_has_its_place():
     parts = {p.stem for p in (ROOT / 'swin_mm').iterdir() if (p.suffix == '.py' or (p / '__init__.py').exists())}
-    assert parts - {'__init__'} == {*ORDER, 'version', 'doctor'} - {'tools'}
+    assert parts - {'__init__'} == {*ORDER, 'version', 'registry', 'doctor'} - {'tools'}
 
 
 def test_imports_point_one_way():

@@ -37,6 +37,7 @@ from mmengine.registry import MODELS, init_default_scope
 from support.tool_fixtures import ROOT, make_data
 
 from swin_mm import cli
+from swin_mm.checkpoints.files import current_address
 from swin_mm.models.swin import ARCHS, SwinPyramid
 from swin_mm.openmmlab import config
 from swin_mm.openmmlab.config import iter_dicts
@@ -48,6 +49,9 @@ NOT_RUN = {
     r'(MMCV_WITH_OPS=1 )?pip install ': 'changes the environment; tests/test_packaging.py checks what is installed',
     r'\. \.venv/bin/activate': 'the tests run in it',
     r'mkdir -p \S+ && ln -s ': "links the reader's own folders; the data is in place already",
+    r'MM(DET|SEG)=|python \$MM(DET|SEG)/': 'tools of mmdet and mmseg; see tests/openmmlab/test_openmmlab_tools.py',
+    r'mim ': 'needs openmim; see .ci/check_packages.py',
+    r'docker ': 'cannot run here; tests/test_packaging.py compares its commands with the documented ones',
     r'python tools/demo\.py ': 'takes minutes; see tests/tools/test_demo.py',
     r'python tools/export\.py ': 'takes up to a minute; see tests/tools/test_export.py. Its arguments are parsed below',
     r'python -m benchmarks\.': 'takes half a minute, and decides how Triton is imported; see tests/benchmarks',
@@ -344,9 +348,14 @@ def provide(name: str, config: str, folder: Path, runs) -> str:
 
 @cache
 def published() -> str:
-    """The URLs of checkpoints in the libraries' metafiles."""
+    """The URLs of checkpoints in the libraries' metafiles, on the hosts of today."""
     folders = [Path(resolve_name(name).__file__).parent / '.mim/configs/swin' for name in ('mmdet', 'mmseg')]
-    return '\n'.join(file.read_text() for folder in folders for file in folder.glob('metafile.y*ml'))
+    return '\n'.join(
+        current_address(word)
+        for folder in folders
+        for file in folder.glob('metafile.y*ml')
+        for word in file.read_text().split()
+    )
 
 
 def launched(words: list[str]) -> list[str]:
@@ -431,8 +440,8 @@ def test_configs_build(piece, tmp_path):
 @on_cpu
 @each([block for block in PYTHON if not is_config(block)])
 def test_python_runs(piece, folder, runs):
-    if piece.page == 'docs/export.md' or 'from_pretrained(' in piece.text:
-        ast.parse(piece.text)  # it reads files that tests of export.py and convert_checkpoint.py write, and run so
+    if piece.page in ('docs/export.md', 'docs/openmmlab_tools.md') or 'from_pretrained(' in piece.text:
+        ast.parse(piece.text)  # it reads files that tests of tools write, and run so
         return
     for name in re.findall(r"'([\w/.-]+\.pth)'", piece.text):
         if name == WEIGHTS:

@@ -104,6 +104,16 @@ def test_version_is_the_same_everywhere(metadata):
     assert newest == version
 
 
+def test_the_container_is_built_by_the_documented_commands():
+    dockerfile = (ROOT / 'Dockerfile').read_text()
+    commands = re.findall(r'^RUN ((?:MMCV_WITH_OPS=1 )?(?:pip|python) .*)', dockerfile, re.MULTILINE)
+    page = (ROOT / 'docs/get_started.md').read_text().splitlines()
+    assert len(commands) == 4 and not [command for command in commands if command not in page]
+    assert set(re.findall(r'^FROM .* AS (\w+)', dockerfile, re.MULTILINE)) == {'cpu', 'cuda'}
+    ignored = (ROOT / '.dockerignore').read_text().split()
+    assert {'.git', '.venv', 'data/*', '!data/nuclei'} <= set(ignored)
+
+
 def test_pre_commit_uses_the_pinned_versions():
     hooks = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())['repos']
     revisions = {Path(repo['repo']).name.removesuffix('-pre-commit'): repo['rev'].lstrip('v') for repo in hooks}

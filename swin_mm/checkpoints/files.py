@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import http.client
 import os
 import pickle
 import re
@@ -18,9 +19,12 @@ from torch import Tensor
 
 from swin_mm.checkpoints.pickles import Budget, Names, UnknownName, placement, read_pickle, read_torch
 from swin_mm.utils.errors import CheckpointError, InputError
-from swin_mm.utils.files import atomic_write
+from swin_mm.utils.files import atomic_write, folder_lock
 
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')  # of the files written here
+
+# Hosts that are gone -> the host that has the same files under the same paths.
+MOVED_HOSTS = {'download.openmmlab.com': 'mmassets.onedl.ai'}  # since June 2026, see open-mmlab/mmdetection#12446
 
 Fetch = Callable[[str], AbstractContextManager[Path]]
 
@@ -89,6 +93,15 @@ def _named_errors(source: str) -> Iterator[None]:
         raise CheckpointError(f'checkpoint {source} cannot be read: {_first_line(error)}') from error
 
 
+def current_address(address: str) -> str:
+    """An http(s) address on the host that has its file today, see :data:`MOVED_HOSTS`; any other text unchanged."""
+    scheme, _, rest = address.partition('://')
+    host, slash, path = rest.partition('/')
+    if scheme in ('http', 'https') and host in MOVED_HOSTS:
+        return f'https://{MOVED_HOSTS[host]}{slash}{path}'
+    return address
+
+
 def promised_hash(name: str) -> str | None:
     """The beginning of the SHA-256 that a file name carries, as in ``swin-9d6b7cfa.pth``; dates are not taken for one.
 
@@ -105,6 +118,7 @@ def _download(address: str) -> Path:
     The cache is by host, path and query: torch.hub's is by name alone, and many addresses end in pytorch_model.bin. A
     file is kept only if it has the length that the server announced and the hash that its name carries.
     """
+    asked, address = address, current_address(address)
     parts = urlsplit(address)
     folders = [part for part in parts.path.split('/') if part]
     if not folders or parts.path.endswith('/') or {'.', '..'} & set(folders):
@@ -115,12 +129,30 @@ def _download(address: str) -> Path:
     path = Path(torch.hub.get_dir(), 'swin_mm', parts.netloc.rpartition('@')[2], *folders, name)
     if path.exists():
         return path
-    print(f'downloading {address} to {path}', file=sys.stderr)
+    with folder_lock(path.parent):  # the processes of a run ask for the same file at the same time
+        if not path.exists():
+            moved = '' if address == asked else f' (the host of {asked} is gone)'
+            print(f'downloading {address}{moved} to {path}', file=sys.stderr)
+            _write_download(address, path)
+    return path
+
+
+def _write_download(address: str, path: Path) -> None:
+    """Download a file to a path.
+
+    Raises:
+        CheckpointError: the server cannot be reached, has no such file, or sends something else.
+        InputError: the path cannot be written.
+    """
+    digest, size = hashlib.sha256(), 0
     request = urllib.request.Request(address, headers={'User-Agent': 'swin_mm'})
-    with urllib.request.urlopen(request, timeout=60) as response, atomic_write(path) as part:
-        digest, size = hashlib.sha256(), 0
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except (OSError, http.client.HTTPException) as error:
+        raise CheckpointError(_by_hand(address, path, error)) from error
+    with response, atomic_write(path) as part:
         with part.open('wb') as file:
-            while block := response.read(2**20):
+            while block := _read_block(response, address, path):
                 file.write(block)
                 digest.update(block)
                 size += len(block)
@@ -130,13 +162,27 @@ def _download(address: str) -> Path:
                 f'checkpoint {address}: the connection broke off after {size:,} of {int(announced):,} bytes; nothing '
                 'was kept, try again'
             )
-        promised = promised_hash(name)
+        promised = promised_hash(path.name)
         if promised and not digest.hexdigest().startswith(promised):
             raise CheckpointError(
                 f'checkpoint {address}: the download has the SHA-256 {digest.hexdigest()}, but its name promises '
                 f'{promised}...; nothing was kept. Try again, or download it yourself if you trust it and give its path'
             )
-    return path
+
+
+def _read_block(response: http.client.HTTPResponse, address: str, path: Path) -> bytes:
+    """The next part of a download; errors of the connection are told from those of the disk."""
+    try:
+        return response.read(2**20)
+    except (OSError, http.client.HTTPException) as error:
+        raise CheckpointError(_by_hand(address, path, error)) from error
+
+
+def _by_hand(address: str, path: Path, error: Exception) -> str:
+    return (
+        f'checkpoint {address} cannot be downloaded: {_first_line(error)}; get the file {path.name} by hand and save '
+        f'it as {path}, or give its path instead of the address'
+    )
 
 
 def _from_hugging_face(address: str) -> Path:

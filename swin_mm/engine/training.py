@@ -3,15 +3,19 @@
 import ast
 import contextlib
 import errno
+import http.client
 import importlib.util
 import os
 import pickle
 import shutil
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.hooks import Hook
@@ -148,7 +152,11 @@ def set_start(cfg: Config, resume: str | None) -> None:
         require_init_checkpoints(cfg)
         return
 
-    checkpoint = read_checkpoint(cfg.load_from)
+    try:
+        checkpoint = read_checkpoint(cfg.load_from)
+    except CheckpointError as error:
+        setting = '--resume FILE' if resume else '--cfg-options load_from=FILE'
+        raise CheckpointError(f'{error}; choose another file with {setting}') from error
     if cfg.get('resume'):
         require_training_checkpoint(checkpoint, cfg.load_from)
         for warning in changed_data(checkpoint['meta'].get('cfg'), cfg):
@@ -160,7 +168,8 @@ def set_start(cfg: Config, resume: str | None) -> None:
 def require_init_checkpoints(cfg: Config) -> None:
     """Read, or download, the checkpoints that the model will be initialised from.
 
-    Those of our backbones are downloaded now; mmengine downloads those of other modules later.
+    Those of our backbones are downloaded now. mmengine downloads those of other modules when they are built, unless
+    they are in its cache; here it is only checked that their servers answer.
 
     Raises:
         CheckpointError: one cannot be read; the message names the setting that chooses another file.
@@ -171,13 +180,32 @@ def require_init_checkpoints(cfg: Config) -> None:
             path = init.get('checkpoint') if isinstance(init, dict) else None
             if 'Pretrained' not in str(init and init.get('type')) or not isinstance(path, str):
                 continue
-            if '://' in path and not str(node.get('type')).startswith('swin_mm.'):
-                continue
             try:
-                read_checkpoint(path)
+                if '://' not in path or str(node.get('type')).startswith('swin_mm.'):
+                    read_checkpoint(path)
+                elif path.startswith(('http://', 'https://')):
+                    require_reachable(path)
             except CheckpointError as error:
                 setting = f'{key}.init_cfg.checkpoint=FILE' if isinstance(node['init_cfg'], dict) else f'{key}.init_cfg'
                 raise CheckpointError(f'{error}; choose another file with --cfg-options {setting}') from error
+
+
+def require_reachable(address: str) -> None:
+    """Check that a file that mmengine will download is in its cache or can be downloaded.
+
+    Raises:
+        CheckpointError: neither; the message says where to put the file.
+    """
+    path = Path(torch.hub.get_dir(), 'checkpoints', Path(urlsplit(address).path).name)
+    if path.exists():
+        return
+    try:
+        urllib.request.urlopen(address, timeout=60).close()
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise CheckpointError(
+            f'checkpoint {address} cannot be downloaded: {one_line(error)}; get the file {path.name} by hand and '
+            f'save it as {path}'
+        ) from error
 
 
 def _modules(node: Any, path: str) -> Iterator[tuple[str, dict]]:

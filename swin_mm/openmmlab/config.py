@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import nn
 
+from swin_mm.checkpoints.files import MOVED_HOSTS, current_address
 from swin_mm.utils.environment import SCOPES, install_command, require
 from swin_mm.utils.errors import CheckpointError, DependencyError, InputError, one_line
+
+CONFIGS = Path(__file__).parents[1] / '.mim/configs'  # in the repository a link to configs/
 
 
 def load_config(name: str | Path) -> Config:
@@ -31,6 +35,9 @@ def load_config(name: str | Path) -> Config:
     swin_mm has only backbones and constructors, whose types always carry the prefix ``swin_mm.``, so a marked dataset,
     loop or evaluator would not be found. Marks that name the config's own ``default_scope`` have no effect and are
     removed too.
+
+    Addresses at hosts that are gone, such as those in mmdet's and mmseg's older configs, are replaced, see
+    :func:`use_current_addresses`.
 
     Raises:
         InputError: the config does not exist or cannot be read.
@@ -46,7 +53,64 @@ def load_config(name: str | Path) -> Config:
         raise_missing_dependency(error)
         raise InputError(f'config {name} cannot be read: {one_line(error)}') from error
     require(*SCOPES.get(cfg.get('default_scope'), ()))
+    use_current_addresses(cfg)
     return cfg
+
+
+def use_current_addresses(cfg: Config) -> None:
+    """Replace addresses at hosts that are gone, anywhere in a config, and say so once on standard error.
+
+    This reaches every address that is a whole setting: ``init_cfg`` of any module, ``load_from``, data. It does not
+    reach names that mmengine itself translates into addresses, such as ``open-mmlab://resnet50_v1c``.
+
+    Args:
+        cfg: the config, changed in place.
+    """
+    moved = 0
+
+    def current(node: Any) -> Any:
+        """The node itself, or what replaces it; shared parts of a config stay shared."""
+        nonlocal moved
+        if isinstance(node, str):
+            address = current_address(node)
+            moved += address != node
+            return address
+        if type(node) is tuple:
+            items = tuple(current(item) for item in node)
+            return items if any(new is not old for new, old in zip(items, node, strict=True)) else node
+        pairs = node.items() if isinstance(node, (dict, Config)) else enumerate(node) if isinstance(node, list) else ()
+        for key, old in list(pairs):
+            if (new := current(old)) is not old:
+                node[key] = new
+        return node
+
+    current(cfg)
+    if moved:
+        hosts = ', '.join(f'{new} instead of {old}' for old, new in MOVED_HOSTS.items())
+        print(f'note: addresses of files that have moved ({moved} in the config) are read as: {hosts}', file=sys.stderr)
+
+
+def config_path(name: str) -> str:
+    """The path of one of this project's configs, for programs that do not know ``swin_mm::...``.
+
+    A config that inherits by this line works with every tool and function of OpenMMLab, also where nothing has imported
+    swin_mm before, because mmengine evaluates the expression::
+
+        _base_ = __import__('swin_mm').config_path('mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py')
+
+    Args:
+        name: the path below ``configs/``.
+
+    Raises:
+        InputError: there is no such config.
+    """
+    path = CONFIGS / name
+    if not path.is_file():
+        names = [str(path.relative_to(CONFIGS)) for path in CONFIGS.glob('*/*.py')]
+        close = get_close_matches(name, names, n=1)
+        hint = f'did you mean {close[0]}?' if close else f'the configs are in {CONFIGS}'
+        raise InputError(f'swin_mm has no config {name}; {hint}')
+    return str(path)
 
 
 def with_type_names(cfg: Config) -> Config:
@@ -99,6 +163,7 @@ def apply_options(cfg: Config, options: dict[str, Any]) -> list[str]:
         cfg.merge_from_dict(options)
     except Exception as error:
         raise InputError(f'--cfg-options does not fit the config: {one_line(error)}') from error
+    use_current_addresses(cfg)
     return warnings
 
 

@@ -1,4 +1,4 @@
-"""Writing files atomically."""
+"""Writing files atomically, and by one process at a time."""
 
 import os
 import secrets
@@ -46,3 +46,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if part:
             with suppress(OSError):
                 part.unlink()
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time pass, for instance to download a file into a folder; the others wait.
+
+    The lock is on the folder itself, so no file is left behind, and the operating system frees it when the process
+    ends. Where the file system or the operating system has no locks, all processes pass.
+
+    Args:
+        folder: is created if missing.
+
+    Raises:
+        InputError: the folder cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f'{folder} cannot be written: {error.strerror or error}') from error
+    try:
+        with suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -6,10 +6,13 @@ import http.server
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
+import time
 import types
+import urllib.request
 from argparse import Namespace
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -20,9 +23,10 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 from safetensors.torch import save_file
+from support.tool_fixtures import ROOT
 
 from swin_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
-from swin_mm.checkpoints.files import SUFFIXES
+from swin_mm.checkpoints.files import SUFFIXES, current_address
 from swin_mm.openmmlab import loading
 from swin_mm.utils.errors import InputError
 
@@ -322,7 +326,7 @@ def test_hugging_face_files_are_read_from_the_cache_offline(tmp_path):
     script = """
 import sys
 from swin_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
-from swin_mm.checkpoints.files import SUFFIXES
+from swin_mm.checkpoints.files import SUFFIXES, current_address
 for source in sys.argv[1:]:
     try:
         print(read_checkpoint(source)['w'][0].item())
@@ -395,10 +399,12 @@ class Site(http.server.BaseHTTPRequestHandler):
     files: ClassVar[dict[str, bytes]] = {}
     cut: ClassVar[set[str]] = set()
     asked: ClassVar[list[str]] = []
+    slow: ClassVar[float] = 0  # seconds
 
     def do_GET(self) -> None:
         """Send a file."""
         self.asked.append(self.path)
+        time.sleep(self.slow)
         content = self.files.get(self.path)
         self.send_response(200 if content else 404)
         self.send_header('Content-Length', str(len(content or b'')))
@@ -414,7 +420,7 @@ class Site(http.server.BaseHTTPRequestHandler):
 def site(tmp_path, monkeypatch):
     """The address of a server of such files, and a cache of its own."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
-    Site.files, Site.cut, Site.asked = {}, set(), []
+    Site.files, Site.cut, Site.asked, Site.slow = {}, set(), [], 0
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f'http://127.0.0.1:{server.server_port}'
@@ -438,7 +444,7 @@ def test_each_address_is_downloaded_once(site):
     for path in ('/other/', '', '/a/../swin.pth'):
         with pytest.raises(CheckpointError, match='names no file'):
             read_checkpoint(site + path)
-    with pytest.raises(CheckpointError, match='absent.pth cannot be read: .*404'):
+    with pytest.raises(CheckpointError, match='absent.pth cannot be downloaded: .*404'):
         read_checkpoint(f'{site}/absent.pth')
 
 
@@ -449,6 +455,68 @@ def test_incomplete_downloads_are_not_kept(site, tmp_path):
     assert not [path for path in (tmp_path / 'home').rglob('*') if path.is_file()]
     Site.cut = set()
     assert read_checkpoint(f'{site}/swin.pth')['w'][0] == 1
+
+
+def test_a_failed_download_says_what_to_get_and_where_to_put_it(site, tmp_path):
+    for address in (f'{site}/v1/absent.pth', 'http://127.0.0.1:9/v1/absent.pth'):
+        with pytest.raises(
+            CheckpointError, match=r'cannot be downloaded: .+; get the file absent.pth by hand'
+        ) as caught:
+            read_checkpoint(address)
+        assert address in str(caught.value)
+        place = Path(re.search(r'save it as (\S+),', str(caught.value))[1])
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(content_of(3))
+        assert read_checkpoint(address)['w'][0] == 3, 'the file that was put there by hand is taken'
+
+
+def test_errors_of_the_connection_are_not_taken_for_a_full_disk(site, monkeypatch):
+    def broken(self, *_):
+        raise TimeoutError('timed out')
+
+    Site.files = {'/swin.pth': content_of(1)}
+    monkeypatch.setattr('http.client.HTTPResponse.read', broken)
+    with pytest.raises(CheckpointError, match='cannot be downloaded: timed out'):
+        read_checkpoint(f'{site}/swin.pth')
+
+
+def test_addresses_at_hosts_that_are_gone_are_read_from_the_new_ones(site, monkeypatch, capsys):
+    path = 'mmdetection/v2.0/swin/mask_rcnn_swin-t.pth'
+    for scheme in ('http', 'https'):
+        assert current_address(f'{scheme}://download.openmmlab.com/{path}') == f'https://mmassets.onedl.ai/{path}'
+    for address in (
+        f'https://mmassets.onedl.ai/{path}',
+        f'https://site/download.openmmlab.com/{path}',
+        f'https://download.openmmlab.com.site/{path}',
+        f's3://download.openmmlab.com/{path}',
+        'download.openmmlab.com/x.pth',
+        'open-mmlab://resnet50_v1c',
+    ):
+        assert current_address(address) == address
+
+    Site.files = {f'/{path}': content_of(2)}
+    opened = urllib.request.urlopen
+
+    def to_site(request, **options):
+        request.full_url = request.full_url.replace('https://mmassets.onedl.ai', site)
+        return opened(request, **options)
+
+    monkeypatch.setattr(urllib.request, 'urlopen', to_site)
+    for _ in range(2):
+        assert read_checkpoint(f'https://download.openmmlab.com/{path}')['w'][0] == 2
+    assert read_checkpoint(f'https://mmassets.onedl.ai/{path}')['w'][0] == 2
+    assert Site.asked == [f'/{path}'], 'one file in the cache for both addresses'
+    assert capsys.readouterr().err.count('(the host of https://download.openmmlab.com') == 1
+
+
+def test_several_processes_download_a_file_once(site, tmp_path):
+    """The ranks of a run ask for the same weights at the same time."""
+    Site.files, Site.slow = {'/swin.pth': content_of(1)}, 2
+    code = f'import sys; from swin_mm.checkpoints.files import fetch\nwith fetch("{site}/swin.pth") as p: print(p)'
+    ranks = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
+    assert len({rank.communicate(timeout=100)[0] for rank in ranks}) == 1
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert Site.asked == ['/swin.pth']
 
 
 def test_the_hash_in_a_name_is_checked(site, tmp_path):

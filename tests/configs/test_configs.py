@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
+from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -21,8 +22,10 @@ from support.tool_fixtures import ROOT
 
 import swin_mm
 from swin_mm.analysis import complexity
+from swin_mm.checkpoints.files import MOVED_HOSTS
 from swin_mm.checkpoints.namings import MMDET
 from swin_mm.models.swin import ARCHS
+from swin_mm.openmmlab.config import use_current_addresses
 from swin_mm.openmmlab.layer_decay import NO_DECAY
 from swin_mm.ops.windows import padded_size
 
@@ -374,6 +377,24 @@ def test_weights_are_official_and_match_the_size(ours):
         assert '22k' in address
     elif re.search(r'_swin(v2)?-\w-p4-w\d+_(fpn|8xb2)', ours):
         assert '22k' not in address
+
+
+@pytest.mark.parametrize('ours', leaves(''))
+def test_no_setting_inherited_or_not_names_a_host_that_is_gone(ours):
+    """As the tools read it: the original libraries' bases name such a host."""
+    config = Config(load(ours).to_dict())
+    use_current_addresses(config)
+    hosts = {urlsplit(text).hostname for text in texts(config.to_dict()) if text.startswith(('http://', 'https://'))}
+    assert hosts <= {'github.com', 'mmassets.onedl.ai'}
+    assert not set(MOVED_HOSTS) & hosts
+
+
+def texts(node) -> Iterator[str]:
+    """All strings in a config."""
+    if isinstance(node, str):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ():
+        yield from texts(child)
 
 
 def projections_of_padding(backbone, width, height):

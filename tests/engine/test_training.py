@@ -1,14 +1,18 @@
 """Checks before training, and error messages of a run."""
 
 import errno
+import http.server
 import logging
 import re
+import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from mmengine.config import Config
+from mmengine.runner import CheckpointLoader
 
-from swin_mm.engine.training import WarmupCheckHook, changed_data, explained, require_init_checkpoints
+from swin_mm.engine.training import WarmupCheckHook, changed_data, explained, require_init_checkpoints, set_start
 from swin_mm.utils.errors import CheckpointError, InputError
 
 
@@ -90,4 +94,45 @@ def test_missing_initial_weights_name_the_setting(tmp_path):
         require_init_checkpoints(model('absent.pth'))
     with pytest.raises(CheckpointError, match='model.backbone.init_cfg.checkpoint=FILE'):
         require_init_checkpoints(model('http://127.0.0.1:9/absent.pth'))
-    require_init_checkpoints(model('http://127.0.0.1:9/absent.pth', 'mmdet.ResNet'))  # mmengine will download it
+    require_init_checkpoints(model('torchvision://resnet50', 'mmdet.ResNet'))  # mmengine looks the address up later
+
+
+def test_weights_that_mmengine_would_download_are_asked_for_before_anything_is_built(tmp_path, monkeypatch):
+    """Of modules that are not ours; nothing is downloaded here, so that nothing is downloaded twice."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    init = dict(type='Pretrained', checkpoint='http://127.0.0.1:9/v1/resnet-19c8e357.pth?x=1')
+    cfg = Config(dict(model=dict(type='X', heads=[dict(type='Y', init_cfg=init)])))
+    with pytest.raises(CheckpointError) as caught:
+        require_init_checkpoints(cfg)
+    place = tmp_path / 'hub/checkpoints/resnet-19c8e357.pth'
+    for part in ('127.0.0.1:9/v1/resnet', f'by hand and save it as {place}', 'model.heads.0.init_cfg.checkpoint=FILE'):
+        assert part in str(caught.value)
+    place.parent.mkdir(parents=True)
+    torch.save({'w': torch.ones(1)}, place)
+    require_init_checkpoints(cfg)
+    assert CheckpointLoader.load_checkpoint(init['checkpoint'])['w'] == 1, 'mmengine finds it there'
+
+    asked = []
+
+    class Site(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_) -> None:
+            """Say nothing."""
+
+    with http.server.HTTPServer(('127.0.0.1', 0), Site) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        init['checkpoint'] = f'http://127.0.0.1:{server.server_port}/resnet.pth'
+        require_init_checkpoints(Config(dict(model=dict(type='Y', init_cfg=init))))
+    assert asked == ['/resnet.pth'] and len(list(tmp_path.rglob('*.pth'))) == 1
+
+
+def test_a_missing_start_names_the_option(tmp_path):
+    cfg = Config(dict(work_dir=str(tmp_path), load_from='http://127.0.0.1:9/a.pth', model={}))
+    with pytest.raises(CheckpointError, match='get the file a.pth by hand.*--cfg-options load_from=FILE'):
+        set_start(cfg, None)
+    with pytest.raises(CheckpointError, match='choose another file with --resume FILE'):
+        set_start(cfg, 'absent.pth')

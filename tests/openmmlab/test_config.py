@@ -17,6 +17,7 @@ from swin_mm.openmmlab.config import (
     iter_dicts,
     load_config,
     require_data,
+    use_current_addresses,
     with_type_names,
 )
 from swin_mm.utils.errors import DependencyError, InputError
@@ -267,3 +268,37 @@ def test_segmentation_maps_that_no_transform_reads_may_be_missing(tmp_path):
     check('LoadAnnotations')
     with pytest.raises(InputError, match='panoptic/ .train_dataloader: seg'):
         check('LoadPanopticAnnotations')
+
+
+# Addresses
+
+
+def test_addresses_at_a_host_that_is_gone_are_replaced_everywhere_with_one_note(tmp_path, capsys):
+    gone, new = 'https://download.openmmlab.com/mmdetection/v2.0/', 'https://mmassets.onedl.ai/mmdetection/v2.0/'
+    (tmp_path / 'stock.py').write_text(
+        f"""
+load_from = '{gone}a.pth'
+init = dict(type='Pretrained', checkpoint='{gone}b.pth')
+model = dict(type='X', teacher_ckpt='{gone}c.pth', backbone=dict(init_cfg=init), blocks=({{'init_cfg': [init]}}, 2))
+val_dataloader = dict(dataset=dict(data_root='{gone}d/'))
+test_dataloader = val_dataloader
+kept = 'see {gone}a.pth and open-mmlab://resnet50_v1c'
+"""
+    )
+    (tmp_path / 'child.py').write_text("_base_ = './stock.py'\nmodel = dict(neck=None)\n")
+    cfg = load_config(tmp_path / 'child.py')
+    assert cfg.load_from == f'{new}a.pth'
+    assert cfg.model.teacher_ckpt == f'{new}c.pth'
+    assert cfg.model.backbone.init_cfg.checkpoint == cfg.model.blocks[0]['init_cfg'][0].checkpoint == f'{new}b.pth'
+    assert cfg.val_dataloader.dataset.data_root == cfg.test_dataloader.dataset.data_root == f'{new}d/'
+    assert cfg.kept.startswith(f'see {gone}')
+    error = capsys.readouterr().err
+    assert error.count('note: ') == 1 and 'mmassets.onedl.ai instead of download.openmmlab.com' in error
+    assert gone not in cfg.pretty_text.replace(cfg.kept, '')
+
+    apply_options(cfg, {'load_from': f'{gone}e.pth'})
+    assert cfg.load_from == f'{new}e.pth'
+    assert capsys.readouterr().err.count('note: ') == 1
+    before = cfg.model
+    use_current_addresses(cfg)
+    assert cfg.model is before and not capsys.readouterr().err
