@@ -66,10 +66,11 @@ def find_images(cfg: Config, paths: Sequence[str | Path] = ()) -> list[str]:
     if not cfg.get('test_dataloader'):
         return []
     init_default_scope(cfg.get('default_scope') or 'mmengine')
-    try:
-        dataset = DATASETS.build(dict(test_dataset(cfg), pipeline=[]))
-    except (FileNotFoundError, NotADirectoryError):
-        return []  # the data is not on this machine
+    with config_errors(cfg):
+        try:
+            dataset = DATASETS.build(dict(test_dataset(cfg), pipeline=[]))
+        except (FileNotFoundError, NotADirectoryError):
+            return []  # the data is not on this machine
     files = (dataset.get_data_info(i).get('img_path') for i in range(min(len(dataset), MAX_IMAGES)))
     return [str(file) for file in files if file and Path(file).is_file()]
 

@@ -59,10 +59,8 @@ def exportable_copy(model: nn.Module, operators: Operators, heads: bool, pooling
 
 
 def replace(model: nn.Module, table: Table, operators: Operators) -> None:
-    """Replace the modules of a table, outer ones only, in place."""
+    """Replace the modules of a table in place, inner ones first."""
     for name, child in list(model.named_children()):
-        make = table.get(class_name(child))
-        if make is None:
-            replace(child, table, operators)
-        else:
+        replace(child, table, operators)
+        if make := table.get(class_name(child)):
             setattr(model, name, make(child, operators).train(child.training))
