@@ -1,11 +1,14 @@
-"""Export a backbone or a whole model for use without this project, and compare the file with PyTorch.
+"""Export a model for use without this project, and compare the file with PyTorch.
 
-  python tools/export.py CONFIG CHECKPOINT --to onnx --out swin.onnx
-  python tools/export.py CONFIG CHECKPOINT --to torch.export --part model --out segmentor.pt2
+  python tools/export.py CONFIG CHECKPOINT --to onnx
+  python tools/export.py CONFIG CHECKPOINT --to openvino --preprocess --out detector.xml
+  python tools/export.py CONFIG CHECKPOINT --to pt2 --part backbone --out swin.pt2
 
-Batch, height and width of the images stay dynamic, unless --size fixes height and width. The file takes what the
-config's data_preprocessor gives: float32, (batch, channels, height, width), normalised. It is run at several sizes and
-written only if it gives what the model gives. See docs/export.md for more.
+The file takes images and returns final labels, or boxes, scores, labels and masks. Batch, height and width of the
+images stay dynamic, unless --size fixes height and width. Without --preprocess the file takes what the config's
+data_preprocessor gives: float32, (batch, channels, height, width), normalised and padded; with it, RGB images of uint8.
+The file is run on images of the config's test set, or those of --images, at several sizes, and written only if it
+predicts what the model predicts. See docs/export.md for more.
 """
 
 import sys
@@ -19,7 +22,17 @@ from rich.table import Table
 from rich.text import Text
 
 from swin_mm import cli
-from swin_mm.analysis.export import OPSET, OPSETS, PARTS, SUFFIXES, Difference, ExportDiffersError, export
+from swin_mm.analysis.export import (
+    OPSET,
+    OPSETS,
+    PARTS,
+    SUFFIXES,
+    TOLERANCES,
+    Difference,
+    ExportDiffersError,
+    export,
+)
+from swin_mm.analysis.prediction import find_inputs
 
 
 def parse_args() -> Namespace:
@@ -28,18 +41,27 @@ def parse_args() -> Namespace:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--to', choices=SUFFIXES, required=True, help='format of the file')
     parser.add_argument(
-        '--out', type=Path, required=True, metavar='FILE', help=f'ends in {", ".join(SUFFIXES.values())}'
+        '--out',
+        type=Path,
+        metavar='FILE',
+        help=f'ends in {", ".join(dict.fromkeys(SUFFIXES.values()))} (default: named after the config, in this folder)',
     )
     parser.add_argument(
         '--part',
         choices=PARTS,
-        default='backbone',
-        help='model: logits of a segmentor, or the maps of a one-stage detector before boxes are selected '
-        '(default: backbone)',
+        default='predictions',
+        help='predictions: labels of a segmentor, or boxes and masks of a detector; model: logits of a segmentor, or '
+        'the maps of a one-stage detector before boxes are selected (default: predictions)',
+    )
+    parser.add_argument(
+        '--preprocess', action='store_true', help='let the file normalise and pad: it then takes RGB images of uint8'
     )
     parser.add_argument('--size', metavar='WxH', help='fix width and height of the images; torchscript needs it')
     parser.add_argument(
         '--opset', type=int, metavar='N', help=f'of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})'
+    )
+    parser.add_argument(
+        '--images', nargs='+', default=[], metavar='IMAGE', help="compare on these (default: of the config's test set)"
     )
     parser.add_argument('--force', action='store_true', help='replace FILE if it exists')
     return parser.parse_args()
@@ -49,30 +71,40 @@ def main(args: Namespace) -> None:
     """Export, compare and print the comparison."""
     console = Console(markup=False, highlight=False)
     size = cli.parse_size('--size', args.size, 'x', least=1)
+    out = args.out or Path(Path(args.config).stem + SUFFIXES[args.to])
+    images = find_inputs(args.images) if args.images else []
     try:
         with console.status(f'exporting to {args.to}'):
             differences = export(
-                cli.read_config(args), args.checkpoint, args.to, args.out, args.part, size, args.opset, args.force
+                cli.read_config(args),
+                args.checkpoint,
+                args.to,
+                out,
+                part=args.part,
+                size=size,
+                opset=args.opset,
+                force=args.force,
+                preprocess=args.preprocess,
+                images=images,
             )
     except ExportDiffersError as error:
         show(error.differences, args.to, console)
         sys.exit(f'error: {error}')
     if differences:
         show(differences, args.to, console)
-    console.print(f'{args.out}: {args.out.stat().st_size:,} bytes', soft_wrap=True)
+    console.print(f'{out}: {out.stat().st_size:,} bytes', soft_wrap=True)
 
 
 def show(differences: list[Difference], to: str, console: Console) -> None:
     """Print how far the file is from PyTorch, for each batch of images and output."""
-    title = f'{to} against PyTorch'
-    table = Table('images', 'output', 'shape', 'largest', 'difference', 'relative', title=title)
+    table = Table('images', 'output', 'shape', 'measure', 'value', 'accepted', title=f'{to} against PyTorch')
     for images, rows in groupby(differences, lambda each: each.images):
         for row in rows:
             if row.error:
                 console.print(f'{times(images)} fails: {row.error}', style='red')
-            relative = Text(f'{row.relative:.1e}', 'green' if row.within_tolerance else 'red')
-            numbers = f'{row.largest:.3g}', f'{row.difference:.1e}'
-            table.add_row(times(images), row.output, times(row.shape), *numbers, relative)
+            value = Text(f'{row.value:.1e}', 'green' if row.within_tolerance else 'red')
+            accepted = f'{TOLERANCES[row.measure]:.0e}'
+            table.add_row(times(images), row.output, times(row.shape), row.measure, value, accepted)
         table.add_section()
     console.print(table)
 

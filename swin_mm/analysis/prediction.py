@@ -110,7 +110,7 @@ class Predictor:
         load_complete(self.inferencer.model, content['state_dict'], checkpoint)
         self.inferencer.model = prepare_for_inference(self.inferencer.model, dtype)
         meta = content.get('meta') or {}
-        self.classes, self.palette = _classes(metainfo, meta.get('dataset_meta') or meta)
+        self.classes, self.palette = classes_and_palette(metainfo, meta.get('dataset_meta') or meta)
 
     def predict(self, views: Iterable[View], batch_size: int = 1) -> Iterator[tuple[View, BaseDataElement]]:
         """Predict in batches; one sample for each view, on the CPU.
@@ -416,7 +416,7 @@ def _without_annotations(node: Any) -> Any:
     return [step for step in map(_without_annotations, steps) if step != []]
 
 
-def _classes(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:
+def classes_and_palette(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:
     """Names and colours by class id; the checkpoint's data set takes precedence over the config's."""
     metainfo = config | {key.lower(): value for key, value in checkpoint.items() if value is not None}
     classes = metainfo.get('classes')

@@ -1,6 +1,5 @@
 """Exported files, run by the libraries that read them, against the model."""
 
-import copy
 import errno
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,8 +14,11 @@ from support.tool_fixtures import ROOT, SMALL_BACKBONE, make_tiny
 from torch import nn
 
 import swin_mm  # noqa: F401 (registers the backbones)
-from swin_mm.analysis import export
-from swin_mm.analysis.substitution import replace_modules
+from swin_mm.analysis.export import ExportDiffersError, check_arguments, export, formats
+from swin_mm.analysis.export import run as run_module
+from swin_mm.analysis.export.layers import AdaptivePool
+from swin_mm.analysis.export.run import smallest_side
+from swin_mm.analysis.export.whole import Exportable
 from swin_mm.openmmlab.config import load_config
 from swin_mm.utils.errors import InputError
 
@@ -46,12 +48,12 @@ def make(folder, model=None, **options):
 
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch):
-    monkeypatch.setattr(export, 'SIZES', ((1, 40, 61), (2, 28, 28)))
+    monkeypatch.setattr(run_module, 'SIZES', ((1, 40, 61), (2, 28, 28)))
 
 
-def run(config, checkpoint, to, out, **options):
+def run(config, checkpoint, to, out, part='backbone', **options):
     """Export from files."""
-    return export.export(load_config(config), str(checkpoint), to, out, **options)
+    return export(load_config(config), str(checkpoint), to, out, part=part, **options)
 
 
 def leftovers(file):
@@ -99,7 +101,7 @@ def test_any_size(tmp_path, variant, to, suffix):
 @pytest.mark.parametrize('pads, least', [(True, 1), (False, 57)])
 def test_windows_that_shrink_give_a_smallest_size(tmp_path, pads, least):
     model = make(tmp_path, **VARIANTS['v1'], pad_small_map=pads)[2]
-    assert export.smallest_side(model) == least  # the last stage has a stride of 8 and windows of 7
+    assert smallest_side(model) == least  # the last stage has a stride of 8 and windows of 7
 
 
 @pytest.mark.slow
@@ -142,7 +144,7 @@ def test_a_wrong_weight_is_detected_and_nothing_is_written(tmp_path, monkeypatch
         return loaded
 
     monkeypatch.setattr(torch.jit, 'load', damaged)
-    with pytest.raises(export.ExportDiffersError, match='differs from PyTorch') as raised:
+    with pytest.raises(ExportDiffersError, match='differs from PyTorch') as raised:
         run(config, checkpoint, 'torchscript', tmp_path / 'swin.pt', size=(40, 40))
     assert not any(each.within_tolerance for each in raised.value.differences)
     assert {path.name for path in tmp_path.iterdir()} == {'config.py', 'weights.pth'}
@@ -155,25 +157,25 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
         ('onnx', 'no/swin.onnx', None, None): 'no does not exist',
         ('onnx', 'there.onnx', None, None): 'there.onnx exists',
         ('onnx', 'swin.onnx', None, 9): '--opset 9',
-        ('torch.export', 'swin.pt2', None, 20): '--opset 20: expected 18 to 23, for --to onnx only',
+        ('pt2', 'swin.pt2', None, 20): '--opset 20: expected 18 to 23, for --to onnx only',
         ('torchscript', 'swin.pt', None, None): 'give it with --size WxH',
         ('safetensors', 'swin.safetensors', (40, 40), None): 'leave --size out',
     }.items():
         to, name, size, opset = arguments
         with pytest.raises(InputError, match=message):
-            export.check_arguments(to, tmp_path / name, size, opset, force=False)
+            check_arguments(to, tmp_path / name, size, opset, force=False)
 
 
 def test_the_private_setting_of_torch_export_exists():
     """When it goes, exports fall back to the defaults of torch.export; then look for its successor."""
     from torch.fx.experimental import _config
 
-    with export.without_special_sizes():
+    with formats.without_special_sizes():
         assert _config.backed_size_oblivious
 
 
 def test_exports_without_the_private_setting(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, 'without_special_sizes', nullcontext)
+    monkeypatch.setattr(formats, 'without_special_sizes', nullcontext)
     config, checkpoint, model = make(tmp_path, **VARIANTS['v1'])
     try:
         assert run(config, checkpoint, 'torch.export', tmp_path / 'swin.pt2')
@@ -213,7 +215,7 @@ def whole(task, data, folder):
 
 def test_two_stages_are_refused(data, tmp_path):
     config, checkpoint, _ = whole('detection', data, tmp_path)
-    with pytest.raises(InputError, match='MaskRCNN selects boxes between its two stages'):
+    with pytest.raises(InputError, match='--part model: MaskRCNN selects boxes between its two stages'):
         run(config, checkpoint, 'torch.export', tmp_path / 'swin.pt2', part='model')
 
 
@@ -245,15 +247,14 @@ def test_pooling_as_products(size):
     image = torch.randn(2, 3, *size, dtype=torch.double)
     for cells in (1, 3, (6, 2), (None, 2)):
         native = nn.AdaptiveAvgPool2d(cells)
-        torch.testing.assert_close(export.OnnxAdaptivePool(native)(image), native(image))
+        torch.testing.assert_close(AdaptivePool(native)(image), native(image))
 
 
 def test_the_model_keeps_its_pooling(data, tmp_path):
-    """ONNX replaces it on a copy."""
+    """Replacements are made on a copy."""
     _, _, model = whole('segmentation', data, tmp_path)
-    exportable = export.Exportable(model, 'model')
-    copied = copy.deepcopy(exportable)
-    assert replace_modules(copied, nn.AdaptiveAvgPool2d, export.OnnxAdaptivePool) == 4
-    assert not [m for m in exportable.modules() if isinstance(m, export.OnnxAdaptivePool)]
+    exportable = Exportable(model, 'model').eval()
+    assert len([m for m in exportable.modules() if isinstance(m, AdaptivePool)]) == 4
+    assert not [m for m in model.modules() if isinstance(m, AdaptivePool)]
     image = torch.randn(1, 3, 64, 96)
-    torch.testing.assert_close(copied.eval()(image), exportable.eval()(image))
+    torch.testing.assert_close(exportable(image)[0], model.encode_decode(image, [{'img_shape': (64, 96)}]))

@@ -1,0 +1,282 @@
+"""Export of a backbone or a whole model to a file that runs without this project, compared with PyTorch."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from swin_mm.analysis.export.comparison import TOLERANCES, Difference, compare, root_cause
+from swin_mm.analysis.export.formats import LIBRARIES, OPSETS, SUFFIXES, WRITERS, output_file
+from swin_mm.analysis.export.metadata import Metadata, describe_input, names_and_colours, resize_of
+from swin_mm.analysis.export.reference import batches, find_images, noise, prepared_images, reference_outputs
+from swin_mm.analysis.export.whole import Exportable, Preprocess
+from swin_mm.analysis.images import preprocessor_settings
+from swin_mm.checkpoints import unwrap, write_checkpoint
+from swin_mm.engine.runner import load_complete
+from swin_mm.models.swin import SwinPyramid
+from swin_mm.openmmlab.config import build_model
+from swin_mm.openmmlab.loading import read_checkpoint
+from swin_mm.utils.errors import InputError
+
+# (batch, height, width) at which maps are compared on noise: multiples of windows, of patches, of neither, one window,
+# both orientations.
+SIZES = ((1, 224, 224), (2, 256, 192), (1, 97, 131), (3, 28, 28), (2, 333, 250), (1, 800, 1333))
+RUN_OPTIONS = ('compile', 'attention')  # arguments of the backbone that do not concern a file
+
+
+class ExportDiffersError(RuntimeError):
+    """The outputs of the exported file differ from PyTorch's. The file was not written; see ``differences``."""
+
+    def __init__(self, message: str, differences: list[Difference]) -> None:
+        super().__init__(message)
+        self.differences = differences
+
+
+def check_arguments(
+    to: str, out: Path, size: tuple[int, int] | None, opset: int | None, force: bool, preprocess: bool = False
+) -> None:
+    """Check the arguments of :func:`export` before anything is built.
+
+    Raises:
+        InputError: they do not fit together, or the file cannot be written.
+    """
+    suffix = SUFFIXES[to]
+    if out.suffix != suffix:
+        raise InputError(f'--out {out} must end in {suffix}, since --to is {to}')
+    if not out.parent.is_dir():
+        raise InputError(f'--out {out}: the folder {out.parent} does not exist; make it first')
+    for path in (out, out.with_suffix('.bin')) if to == 'openvino' else (out,):
+        if path.exists() and not (force and path.is_file()):
+            raise InputError(f'--out {path} exists; choose another name, or --force to replace a file')
+    for library in LIBRARIES.get(to, ()):
+        try:
+            import_module(library)
+        except ImportError as error:
+            needed = ' '.join(('onnx', *LIBRARIES[to]))
+            raise InputError(f'--to {to}: {error}; pip install {needed}') from error
+    if opset is not None and (to not in ('onnx', 'openvino') or opset not in OPSETS):
+        raise InputError(f'--opset {opset}: expected {OPSETS[0]} to {OPSETS[-1]}, for --to onnx only')
+    if to == 'safetensors' and (size is not None or preprocess):
+        option = '--preprocess' if size is None else '--size'
+        raise InputError(f'{option}: safetensors holds weights only, for every size; leave {option} out')
+    if size is None and to == 'torchscript':
+        raise InputError('--to torchscript traces one size of image: give it with --size WxH')
+
+
+def export(
+    cfg: Config,
+    checkpoint: str,
+    to: str,
+    out: Path,
+    part: str = 'predictions',
+    size: tuple[int, int] | None = None,
+    opset: int | None = None,
+    force: bool = False,
+    preprocess: bool = False,
+    images: Sequence[str | Path] = (),
+) -> list[Difference]:
+    """Export a model and compare the file with PyTorch; it is written only if the two agree.
+
+    Args:
+        cfg: the config.
+        checkpoint: its weights, a file or an address.
+        to: the format, a key of ``SUFFIXES``.
+        out: the file to write.
+        part: one of ``PARTS``.
+        size: (width, height) to fix; None keeps height and width dynamic.
+        opset: of ONNX; None for ``OPSET``.
+        force: replace an existing file.
+        preprocess: let the file normalise and pad; it then takes RGB images of type uint8.
+        images: files to compare on; without any, images of the config's test set, or noise if there are none.
+
+    Returns:
+        The comparison, some entries per batch of images; empty for safetensors.
+
+    Raises:
+        InputError: arguments do not fit together, the format cannot take the model, or the file cannot be written.
+        CheckpointError: the checkpoint cannot be read, or does not cover the model.
+        ExportDiffersError: the file does not agree with PyTorch.
+    """
+    check_arguments(to, out, size, opset, force, preprocess)
+    model, meta = build(cfg, checkpoint, part)
+    if to == 'safetensors':
+        write_checkpoint({key: value.contiguous() for key, value in model.state_dict().items()}, out, force)
+        return []
+    before = preprocess_module(cfg) if preprocess else None
+    exportable = Exportable(model, part, before, onnx=to in ('onnx', 'openvino')).eval()
+    channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    inputs = Inputs(cfg, model, channels, preprocess)
+    least = None if size else smallest_side(model)
+    differences: list[Difference] = []
+    with torch.no_grad(), output_file(out, to) as file, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # exporters warn about themselves, and mmdet about PyTorch
+        pairs = inputs.make(part, size, least, images)
+        try:
+            example = pairs[1][0]
+            names = exportable.output_names(len(exportable(example)))
+            metadata = describe(cfg, meta, exportable, names, preprocess)
+            run = WRITERS[to](exportable, example, least, file, opset, metadata)
+        except (OSError, InputError):
+            raise
+        except Exception as error:
+            hint = '' if part == 'backbone' else '; --part backbone may work'
+            raise InputError(
+                f'{to} cannot export the {part} of {cfg.filename}: {root_cause(error)} (--debug shows where){hint}'
+            ) from error
+        for image, x in pairs:
+            expected = reference_outputs(model, part, x, (image.shape[2], image.shape[3]))
+            differences += compare(names, image, expected, run, metadata.mask_threshold)
+        wrong = [each for each in differences if not each.within_tolerance]
+        if wrong:
+            worst = max(wrong, key=lambda each: each.value / TOLERANCES[each.measure])
+            raise ExportDiffersError(
+                f'{to} differs from PyTorch: {worst.measure} {worst.value:.1e} (at most '
+                f'{TOLERANCES[worst.measure]:.0e}); {out} is not written',
+                differences,
+            )
+    return differences
+
+
+class Inputs:
+    """Images to compare on, as the file takes them and as the model does.
+
+    Args:
+        cfg: the config.
+        model: the model or its backbone.
+        channels: of an image.
+        preprocess: whether the file normalises and pads.
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module, channels: int, preprocess: bool) -> None:
+        self.cfg, self.channels, self.preprocess = cfg, channels, preprocess
+        settings = preprocessor_settings(cfg)
+        self.preprocessor = getattr(model, 'data_preprocessor', None)
+        if self.preprocessor is None and settings.get('type'):
+            self.preprocessor = build_model(cfg, settings).eval()
+
+    def make(
+        self, part: str, size: tuple[int, int] | None, least: int | None, files: Sequence[str | Path]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Pairs of what the file takes and what the model takes, at several sizes.
+
+        Args:
+            part: one of ``PARTS``; maps are also compared on noise, of any size.
+            size: (width, height) if it is fixed.
+            least: smallest side.
+            files: images to use.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        found = find_images(self.cfg, files)
+        images = prepared_images(self.cfg, found)
+        if any(image.shape[2] != self.channels for image in images) or not images:
+            images = noise(self.channels)
+        pairs = [self.pair(torch.from_numpy(batch)) for batch in batches(images, size, least or 1)]
+        if part != 'predictions' and size is None:
+            for count, height, width in SIZES:
+                shape = (count, self.channels, max(height, least or 1), max(width, least or 1))
+                if self.preprocess:
+                    pairs.append(self.pair(torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 2, 3, 1)))
+                else:
+                    pairs.append((image := torch.randn(shape), image))
+        return pairs
+
+    def pair(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """From images (B, H, W, channels) as OpenCV reads them."""
+        image = batch.permute(0, 3, 1, 2).contiguous()
+        x = self.normalised(image)
+        if not self.preprocess:
+            return x, x
+        return (image.flip(1) if self.channels == 3 else image), x
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """The images (B, channels, H, W) after the config's data preprocessor."""
+        if self.preprocessor is None:
+            return images.float()
+        samples: Any = None
+        if self.cfg.get('default_scope') == 'mmseg':
+            from mmseg.structures import SegDataSample
+
+            samples = [SegDataSample() for _ in images]
+        return self.preprocessor({'inputs': list(images), 'data_samples': samples}, False)['inputs']
+
+
+def preprocess_module(cfg: Config) -> Preprocess:
+    """What the config's data preprocessor does in evaluation, for RGB images."""
+    settings = preprocessor_settings(cfg)
+    return Preprocess(
+        describe_input(cfg, preprocess=True),
+        flip=not settings.get('bgr_to_rgb'),
+        divisor=describe_input(cfg, preprocess=False).size_divisor,
+        value=settings.get('pad_value', settings.get('pad_val', 0)),
+    )
+
+
+def describe(cfg: Config, meta: dict, exportable: Exportable, names: list[str], preprocess: bool) -> Metadata:
+    """The metadata of a file.
+
+    Args:
+        cfg: the config.
+        meta: of the checkpoint.
+        exportable: what is exported.
+        names: of its outputs.
+        preprocess: whether it normalises and pads.
+    """
+    classes, palette = ((), ()) if exportable.task == 'backbone' else names_and_colours(cfg, meta)
+    return Metadata(
+        task=exportable.task,
+        classes=classes,
+        palette=palette,
+        input=describe_input(cfg, preprocess),
+        resize=resize_of(cfg),
+        outputs=tuple(names),
+        mask_format=exportable.mask_format,
+        mask_threshold=exportable.mask_threshold,
+    )
+
+
+def build(cfg: Config, checkpoint: str, part: str) -> tuple[nn.Module, dict]:
+    """Build the model or its backbone with weights, in evaluation mode; and return the checkpoint's ``meta``.
+
+    Raises:
+        InputError: the config has no such model.
+        CheckpointError: the checkpoint cannot be read, or does not cover the model.
+    """
+    content = read_checkpoint(checkpoint)
+    if 'backbone' not in cfg.get('model', ()):
+        raise InputError(f'{cfg.filename} has no model with a backbone')
+    for option in RUN_OPTIONS:
+        cfg.model.backbone.pop(option, None)
+    model = build_model(cfg, cfg.model.backbone if part == 'backbone' else cfg.model)
+    load_complete(model, _weights_of(content, 'backbone.' if part == 'backbone' else ''), checkpoint)
+    model.eval()  # returns None in some libraries
+    return model, (content.get('meta') if isinstance(content, dict) else None) or {}
+
+
+def _weights_of(content: Any, prefix: str) -> dict[str, Any]:
+    """The state dict of a checkpoint: its entries under a prefix if there are any, else all."""
+    state = {re.sub(r'^module\.', '', key): value for key, value in unwrap(content).items()}  # saved from DDP
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)} or state
+
+
+def smallest_side(model: nn.Module) -> int:
+    """The smallest image side, in pixels, that a graph with dynamic sizes supports.
+
+    Without ``pad_small_map``, windows shrink to maps that are no larger than the window, which a graph cannot express.
+    """
+    backbone, least = getattr(model, 'backbone', model), 1
+    if isinstance(backbone, SwinPyramid):
+        stride = backbone.patch_embed.proj.stride[0]
+        stages: Any = backbone.layers  # nn.ModuleList does not know the type of its items
+        for stage in stages:
+            if not stage.blocks[0].pad_small_map:
+                least = max(least, stride * max(stage.blocks[0].attn.window) + 1)
+            stride *= stage.downsample.stride if stage.downsample else 1
+    return least

@@ -1,0 +1,171 @@
+"""The module that is exported: a backbone or a whole model, with what comes before and after it.
+
+Shapes: B batch, C channels or classes, N objects of an image.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from swin_mm.analysis.export.metadata import Input
+from swin_mm.analysis.export.operators import CUSTOM, PLAIN
+from swin_mm.analysis.export.replacements import HEADS, class_name, exportable_copy
+from swin_mm.utils.errors import InputError
+
+PARTS = ('predictions', 'model', 'backbone')
+
+
+class Preprocess(nn.Module):
+    """Normalise images, and pad them at the right and at the bottom, as the config's data preprocessor does.
+
+    Args:
+        described: the input of the file, with mean and std in its order of channels.
+        flip: whether the model takes the opposite order of channels.
+        divisor: pad height and width to multiples of it.
+        value: of the padding, in the normalised image.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, described: Input, flip: bool = False, divisor: int = 1, value: float = 0) -> None:
+        super().__init__()
+        self.flip, self.divisor, self.value = flip, divisor, value
+        self.register_buffer('mean', torch.tensor(described.mean or (0.0,)).view(-1, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(described.std or (1.0,)).view(-1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) of any type -> float, of a height and width that the divisor divides."""
+        image = (image.float() - self.mean) / self.std
+        if self.flip:
+            image = image.flip(1)
+        if self.divisor > 1:
+            height, width = (
+                (size + self.divisor - 1) // self.divisor * self.divisor - size for size in image.shape[2:]
+            )
+            image = F.pad(image, (0, width, 0, height), value=self.value)
+        return image
+
+
+class Exportable(nn.Module):
+    """Images (B, C, H, W) to a tuple of tensors.
+
+    Args:
+        model: a model, or a backbone. It is not changed.
+        part: 'backbone' if ``model`` is one; 'model' for logits of a segmentor or maps of a one-stage detector;
+            'predictions' for final labels, boxes and masks.
+        preprocess: comes before the model; None if the caller normalises and pads.
+        onnx: whether it is for ONNX; otherwise it uses operators of PyTorch only.
+
+    Raises:
+        InputError: the part cannot be exported.
+    """
+
+    def __init__(self, model: nn.Module, part: str, preprocess: Preprocess | None = None, onnx: bool = True) -> None:
+        super().__init__()
+        self.part, self.preprocess = part, preprocess
+        self.is_segmentor = hasattr(model, 'encode_decode')
+        if part == 'model' and getattr(model, 'with_roi_head', False):
+            raise InputError(
+                f'--part model: {type(model).__name__} selects boxes between its two stages, so there are no maps '
+                'before the selection; --part predictions and --part backbone work'
+            )
+        if part == 'predictions' and not self.is_segmentor:
+            require_replacements(model)
+        heads = self.is_segmentor or part == 'predictions'
+        self.model: Any = exportable_copy(model, CUSTOM if onnx else PLAIN, heads, pooling=onnx)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The outputs, in the order of :meth:`output_names`."""
+        size = (image.shape[2], image.shape[3])
+        x = image if self.preprocess is None else self.preprocess(image)
+        if self.part == 'backbone':
+            return tuple(flatten(self.model(x)))
+        if self.is_segmentor:
+            logits = self.model.encode_decode(x, [{'img_shape': x.shape[2:]}])[..., : size[0], : size[1]]
+            return (logits,) if self.part == 'model' else (to_labels(self.model, logits),)
+        if self.part == 'model':
+            return tuple(flatten(self.model(x, mode='tensor')))
+        feats = self.model.extract_feat(x)
+        if hasattr(self.model, 'panoptic_fusion_head'):
+            return self.model.panoptic_fusion_head(*self.model.panoptic_head(feats, size, (x.shape[2], x.shape[3])))
+        if hasattr(self.model, 'roi_head'):
+            boxes, scores, _ = self.model.rpn_head(feats, size)
+            return self.model.roi_head(feats, boxes, scores, size)
+        return self.model.bbox_head(feats, size)
+
+    @property
+    def task(self) -> str:
+        """What is predicted, as in the metadata."""
+        if self.part == 'backbone':
+            return 'backbone'
+        if self.is_segmentor:
+            return 'semantic'
+        return 'instance' if self.mask_format else 'detection'
+
+    @property
+    def mask_format(self) -> str | None:
+        """How masks are given, if there are masks."""
+        if self.part != 'predictions' or self.is_segmentor:
+            return None
+        if hasattr(self.model, 'panoptic_fusion_head'):
+            return 'image'
+        head = getattr(getattr(self.model, 'roi_head', None), 'head', None)
+        return 'box28' if head is not None and head.with_mask else None
+
+    @property
+    def mask_threshold(self) -> float | None:
+        """What is above it belongs to the object."""
+        return {
+            None: lambda: None,
+            'image': lambda: 0.5,
+            'box28': lambda: float(self.model.roi_head.head.test_cfg.mask_thr_binary),
+        }[self.mask_format]()
+
+    def output_names(self, count: int) -> list[str]:
+        """The names of ``count`` outputs."""
+        if self.part == 'backbone':
+            return [f'stage{i}' for i in getattr(self.model, 'out_indices', range(count))]
+        if self.is_segmentor:
+            return ['labels' if self.part == 'predictions' else 'logits']
+        if self.part == 'predictions':
+            return ['boxes', 'scores', 'labels', 'masks'][:count]
+        return [f'output{i}' for i in range(count)]
+
+
+def to_labels(model: Any, logits: Tensor) -> Tensor:
+    """Logits (B, C, H, W) to class ids (B, H, W), as mmseg's ``postprocess_result`` does."""
+    if logits.shape[1] > 1:
+        return logits.argmax(1)
+    return (logits[:, 0].sigmoid() > model.decode_head.threshold).long()
+
+
+def require_replacements(model: nn.Module) -> None:
+    """Check that the heads of a detector have replacements.
+
+    Raises:
+        InputError: names the head that has none.
+    """
+    heads = {name: child for name, child in model.named_children() if name.endswith('_head')}
+    known = {'bbox_head'}, {'rpn_head', 'roi_head'}, {'panoptic_head', 'panoptic_fusion_head'}
+    missing = [class_name(head) for head in heads.values() if class_name(head) not in HEADS]
+    if missing or set(heads) not in known:
+        what = ', '.join(missing) or f'{type(model).__name__} with {", ".join(heads) or "no head"}'
+        raise InputError(
+            f'{what}: its predictions have no exportable replacement (see swin_mm/analysis/export/replacements.py); '
+            '--part backbone works'
+        )
+
+
+def flatten(outputs: Any) -> Iterator[Tensor]:
+    """The tensors in nested tuples, lists and dicts, in their order."""
+    if isinstance(outputs, dict):
+        outputs = list(outputs.values())
+    if not isinstance(outputs, tuple | list):
+        yield outputs
+        return
+    for output in outputs:
+        yield from flatten(output)
