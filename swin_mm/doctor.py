@@ -16,7 +16,7 @@ from swin_mm.utils.environment import FIXES, NAMES, OPTIONAL, USES, find_problem
 from swin_mm.version import __version__
 
 # The attention that is checked on a GPU: window, and whether it is cosine attention.
-KINDS = {'V1, 7 x 7': ((7, 7), False), 'V1, 12 x 12': ((12, 12), False), 'V2, 8 x 8': ((8, 8), True)}
+KINDS = {'V1, 7 x 7': ((7, 7), False), 'V2, 8 x 8': ((8, 8), True)}
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 HEAD_SIZE, HEADS, MAP = 32, 3, (200, 320)  # what is timed: the first stage of Swin-T on an image of 800 x 1280
 

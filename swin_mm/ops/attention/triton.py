@@ -612,7 +612,9 @@ def _(grad, qkv, pad, bias, scales, out, lse, factor, window, shift):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.factor, _, ctx.window, ctx.shift = inputs
+    *tensors, ctx.factor, save, ctx.window, ctx.shift = inputs
+    if not save:
+        raise RuntimeError('swin_mm::window_attention keeps nothing for a backward pass with save=False; pass True')
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -662,10 +664,9 @@ def attention(
     """See :func:`swin_mm.ops.attention.reference.attention`; for inputs that :func:`unsupported_reason` accepts."""
     scales, factor = (scale.float().flatten(), 1.0) if isinstance(scale, Tensor) else (None, scale)
     tensors = qkv.contiguous(), pad.to(qkv.dtype), bias, scales
-    train = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if operators_are_seen(qkv):
-        return _op(*tensors, factor, train, list(window), list(shift))[0]
-    if train:
+        return _op(*tensors, factor, torch.is_grad_enabled(), list(window), list(shift))[0]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _WindowAttention.apply(*tensors, factor, window, shift)
     return forward(*tensors, factor, False, window, shift)[0]
 
