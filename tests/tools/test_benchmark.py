@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from support.tool_fixtures import ROOT
 from torch import nn
@@ -185,6 +186,23 @@ def test_what_a_launch_and_a_byte_is(autocast):
     else:
         expected['native_layer_norm'] = (1, expected['native_layer_norm'][1] + 2 * 4 * 6)
     assert {n: (counter.launches[n], counter.bytes[n]) for n in counter.launches} == expected
+
+
+def test_what_a_compiler_would_fuse():
+    """By hand: the additions and the norm beside a product; the sum over rows reads what they write."""
+
+    class Model(nn.Module):
+        def forward(self, image):
+            x = (image[0, 0] + 1) * 2  # one kernel, which the addition below must not join
+            y = F.layer_norm(x @ x + x, (4,)) * 3  # the second, after the product
+            return [y, y.sum(0).neg()]  # the third
+
+    with torch.no_grad(), count_gpu.FusionEstimate() as counter:
+        Model()(torch.empty(1, 1, 4, 4, device='meta'))
+    matrix, row = 4 * 16, 4 * 4
+    statistics = 2 * row  # mean and inverse deviation, which nobody reads: eager code writes them
+    moved = {'first': 2 * matrix, 'product': 2 * matrix, 'second': 3 * matrix + statistics, 'third': matrix + row}
+    assert counter.total() == (4, sum(moved.values()))
 
 
 def test_wrong_and_failing_candidates_are_told(run, monkeypatch, capsys):
