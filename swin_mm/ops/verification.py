@@ -34,10 +34,8 @@ def verified(
     problem = _problems.get(key)
     if problem is None:
         try:
-            # A thread of its own has no autocast, inference mode, dispatch modes, hooks on saved tensors and the like.
-            with ThreadPoolExecutor(1) as pool:
-                problem = pool.submit(_compare, run, definition, limit).result()
-        except (torch.OutOfMemoryError, MemoryError):
+            problem = find_problem(run, definition, limit)
+        except torch.OutOfMemoryError:
             return False
         _problems[key] = problem
         if problem:
@@ -50,13 +48,37 @@ def forget() -> None:
     _problems.clear()
 
 
-def _compare(run: Callable[[], Sequence[Tensor]], definition: Callable[[], Sequence[Tensor]], limit: float) -> str:
-    """What is wrong, in one line, or ''."""
+def find_problem(
+    run: Callable[[], Sequence[Tensor]], definition: Callable[[], Sequence[Tensor]], limit: float, names: Sequence = ()
+) -> str:
+    """Compare a kernel with its definition.
+
+    Args:
+        run: see :func:`verified`.
+        definition: see :func:`verified`.
+        limit: see :func:`verified`.
+        names: what the tensors are.
+
+    Returns:
+        What is wrong, in one line, or ''.
+
+    Raises:
+        torch.OutOfMemoryError: the memory does not suffice.
+    """
+    # A thread of its own has no autocast, inference mode, dispatch modes, hooks on saved tensors and the like.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(_compare, run, definition, limit, names).result()
+
+
+def _compare(
+    run: Callable[[], Sequence[Tensor]], definition: Callable[[], Sequence[Tensor]], limit: float, names: Sequence
+) -> str:
     try:
         for i, (actual, expected) in enumerate(zip(run(), definition(), strict=True)):
             error, largest = (actual.double() - expected.double()).abs().max().item(), expected.abs().max().item()
             if not error <= limit * largest:  # NaN is an error
-                return f'result {i} differs from the definition by {error / largest:.2g} of the largest value'
+                name = names[i] if names else f'result {i}'
+                return f'its {name} differs from the definition by {error / largest:.2g} of the largest value'
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'out of memory' in str(error):
             raise torch.OutOfMemoryError(str(error)) from error

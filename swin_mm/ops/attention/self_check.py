@@ -1,22 +1,17 @@
-"""Check of an attention kernel against the definition, which ``attention='auto'`` makes before it trusts the kernel.
-
-A kernel that is compiled on the user's machine may fail there for reasons that no test elsewhere can find: a missing
-compiler, a version of Triton or a driver with a bug, a new GPU.
-"""
+"""Check of an attention kernel against the definition, which ``attention='auto'`` makes before it trusts the kernel."""
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from swin_mm.ops import verification
 from swin_mm.ops.attention import reference
 from swin_mm.ops.windows import Size, tracing
 
-LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value of each tensor
 HEADS = 2
 INPUTS = ('qkv', 'padding', 'the bias', 'the scale')
 NAMES = ('output', 'output in training', *(f'gradient of {name}' for name in INPUTS))
@@ -107,39 +102,31 @@ def find_problem(attention: Callable[..., Tensor], case: Case) -> str:
     Raises:
         torch.OutOfMemoryError: the memory does not suffice.
     """
-    # A thread of its own has no autocast, inference mode, dispatch modes, hooks on saved tensors and the like.
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(_compare, attention, case).result()
+    return verification.find_problem(
+        lambda: _results(attention, case),
+        lambda: _results(reference.attention, case, exact=True),
+        verification.LIMITS[case.dtype],
+        NAMES,
+    )
 
 
-def _compare(attention: Callable[..., Tensor], case: Case) -> str:
-    try:
-        tensors = _inputs(case)
-        exact = [t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for t in tensors]
-        shift = ((case.window[0] - 1) // 2, (case.window[1] - 1) // 2)
+def _results(attention: Callable[..., Tensor], case: Case, exact: bool = False) -> list[Tensor]:
+    """Output in inference and in training, and gradients; in float64 if ``exact``."""
+    inputs = _inputs(case)
+    wide = [t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for t in inputs]
+    shift = ((case.window[0] - 1) // 2, (case.window[1] - 1) // 2)
 
-        def apply(attention: Callable[..., Tensor], inputs: list) -> Tensor:
-            return attention(*inputs[:3], case.window, shift, inputs[3])
+    def apply(attention: Callable[..., Tensor], inputs: list) -> Tensor:
+        return attention(*inputs[:3], case.window, shift, inputs[3])
 
-        def differentiate(out: Tensor, inputs: list) -> list[Tensor]:
-            return list(torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor)], grad.to(out.dtype)))
-
-        expected = apply(reference.attention, exact)
-        # With a gradient that is like the output, the sum that is the gradient of the scale does not cancel out.
-        grad = (expected.detach() + _wave(expected.shape, 1.7, case.device)).to(case.dtype)
-        with torch.no_grad():
-            frozen = apply(attention, tensors)
-        out = apply(attention, tensors)
-        actual = [frozen, out, *differentiate(out, tensors)]
-        for name, a, e in zip(NAMES, actual, [expected, expected, *differentiate(expected, exact)], strict=False):
-            error, largest = (a.double() - e).abs().max().item(), e.abs().max().item()
-            if not error <= LIMITS[case.dtype] * largest:  # NaN is an error
-                return f'its {name} differs from the definition by {error / largest:.2g} of the largest value'
-    except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError | MemoryError) or 'out of memory' in str(error):
-            raise torch.OutOfMemoryError(str(error)) from error
-        return f'it fails with {type(error).__name__}: {" ".join(str(error).split())[:300]}'
-    return ''
+    if exact:
+        inputs = wide
+    with torch.no_grad():
+        frozen, expected = apply(attention, inputs), apply(reference.attention, wide)
+    # With a gradient that is like the output, the sum that is the gradient of the scale does not cancel out.
+    grad = (expected + _wave(expected.shape, 1.7, case.device)).to(case.dtype)
+    out = apply(attention, inputs)
+    return [frozen, out, *torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor)], grad.to(out.dtype))]
 
 
 def _wave(shape: torch.Size, step: float, device: torch.device) -> Tensor:

@@ -67,14 +67,20 @@ def plant(monkeypatch, change):
     monkeypatch.setattr(kernel, 'launch', wrong)
 
 
-@pytest.mark.parametrize('cosine', [False, True], ids=['V1', 'V2'])
 @pytest.mark.parametrize(
-    'dtype, bias', [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)]
+    'dtype, bias, cosine',
+    [
+        (torch.float32, torch.float32, False),
+        (torch.float16, torch.float16, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
 )
 def test_the_kernels_pass(dtype, bias, cosine):
     assert find_problem(kernel.attention, case(dtype, cosine, bias_dtype=bias)) == ''
 
 
+@pytest.mark.slow
 def test_windows_of_several_tiles_pass(monkeypatch):
     monkeypatch.setattr(kernel, 'TILE', 16)
     assert find_problem(kernel.attention, case(torch.bfloat16, window=(4, 5))) == ''
@@ -94,7 +100,6 @@ WRONG = {  # what to change, and what the check then finds wrong
     'shift in training only': (lambda name, n: 'lse' in n and len(n['lse']) and n.update(shift_x=0), 'in training'),
     'no shift in the backward': (lambda name, n: name == '_backward' and n.update(shift_y=0), 'gradient of qkv'),
     'keys of padding': (lambda name, n: name == '_backward' and n.update(pad=n['pad'] * 0), 'gradient'),
-    'scale': (lambda name, n: n.update(factor=n['factor'] * 1.001), 'output'),
     'NaN': (lambda name, n: n.update(factor=torch.nan), 'nan'),
 }
 
