@@ -104,7 +104,7 @@ PRINTED = {
 WRITTEN = {
     'mmdet_test': 'results.pkl',
     'mmdet_browse_dataset': 'browsed/*.jpg',
-    'mmdet_analyze_results': 'analyzed/*/good/*.jpg',
+    'mmdet_analyze_results': 'analyzed/good/*.jpg',
     'mmdet_confusion_matrix': 'confused/confusion_matrix.png',
     'mmseg_test': 'maps/*.png',
     'mmseg_browse_dataset': 'browsed_maps/*.jpg',
