@@ -107,6 +107,9 @@ def show(differences: list[Difference], to: str, console: Console) -> None:
             table.add_row(times(images), row.output, times(row.shape), row.measure, value, accepted)
         table.add_section()
     console.print(table)
+    objects = [each for each in differences if each.output == 'scores']
+    if objects and not any(sum(each.shape) for each in objects):
+        console.print('warning: no object in these images, so nothing was compared; give --images with objects')
 
 
 def times(shape: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from swin_mm.analysis.export.operators import Operators, best, suppress
+from swin_mm.analysis.export.operators import Operators, best, clip, suppress
 from swin_mm.utils.errors import InputError
 
 MAX_CANDIDATES = 5000  # boxes of an image that suppression compares; the rest, of lower scores, is left out
@@ -31,13 +31,6 @@ def suppression(name: str, test_cfg: Any) -> tuple[float, bool]:
             "dict(type='nms', iou_threshold=...)"
         )
     return float(threshold), bool(agnostic)
-
-
-def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Clip boxes to an image of (height, width), which may be symbolic."""
-    one = boxes.new_ones(())
-    limit = torch.stack((one * size[1], one * size[0]) * 2)
-    return torch.minimum(boxes.clamp(min=0), limit)
 
 
 def decode(coder: Any, priors: Tensor, deltas: Tensor, size: tuple[int, int]) -> Tensor:

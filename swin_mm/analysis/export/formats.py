@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,28 @@ LIBRARIES = {
 OPSET, OPSETS = 20, range(18, 24)  # default; those that both PyTorch's exporter and onnxruntime support
 
 
+class Sides(NamedTuple):
+    """Heights and widths that a file takes.
+
+    Args:
+        least: the smallest.
+        multiple: they are multiples of it.
+    """
+
+    least: int
+    multiple: int = 1
+
+    def dim(self, name: str) -> Any:
+        """For torch.export."""
+        if self.multiple == 1:
+            return Dim(name, min=self.least)
+        return self.multiple * Dim(name, min=-(-self.least // self.multiple))
+
+    def fit(self, side: int) -> int:
+        """The next side that a file takes."""
+        return -(-max(side, self.least) // self.multiple) * self.multiple
+
+
 def without_special_sizes() -> AbstractContextManager:
     """Keep torch.export from treating batches and sizes of 1 as special cases.
 
@@ -46,17 +68,19 @@ def without_special_sizes() -> AbstractContextManager:
     return settings.patch(backed_size_oblivious=True) if hasattr(settings, 'backed_size_oblivious') else nullcontext()
 
 
-def to_graph(exportable: Exportable, image: Tensor, least: int | None) -> ExportedProgram:
+def to_graph(exportable: Exportable, image: Tensor, sides: Sides | None) -> ExportedProgram:
     """Trace the graph of operators, without paths of source files.
 
     Args:
         exportable: what to trace.
         image: an example.
-        least: smallest side of an image; None fixes height and width.
+        sides: which heights and widths it takes; None fixes them.
     """
-    sides = {} if least is None else {2: Dim('height', min=least), 3: Dim('width', min=least)}
+    dims = {0: Dim('batch', min=1)}
+    if sides is not None:
+        dims |= {2: sides.dim('height'), 3: sides.dim('width')}
     with without_special_sizes():
-        program = torch.export.export(exportable, (image,), dynamic_shapes=({0: Dim('batch', min=1), **sides},))
+        program = torch.export.export(exportable, (image,), dynamic_shapes=(dims,))
     graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
     for node in chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop('stack_trace', None)
@@ -65,10 +89,10 @@ def to_graph(exportable: Exportable, image: Tensor, least: int | None) -> Export
 
 
 def write_graph(
-    exportable: Exportable, image: Tensor, least: int | None, file: Path, opset: int | None, metadata: Metadata
+    exportable: Exportable, image: Tensor, sides: Sides | None, file: Path, opset: int | None, metadata: Metadata
 ) -> Run:
     """Write a torch.export file and load it again."""
-    program = to_graph(exportable, image, least)
+    program = to_graph(exportable, image, sides)
     program.example_inputs = None
     buffer = io.BytesIO()  # PyTorch's own writer reports a full disk as a RuntimeError
     torch.export.save(program, buffer, extra_files={KEY: metadata.dumps()})
@@ -77,12 +101,12 @@ def write_graph(
 
 
 def write_onnx(
-    exportable: Exportable, image: Tensor, least: int | None, file: Path, opset: int | None, metadata: Metadata
+    exportable: Exportable, image: Tensor, sides: Sides | None, file: Path, opset: int | None, metadata: Metadata
 ) -> Run:
     """Write an ONNX file and load it into onnxruntime."""
     import onnxruntime
 
-    save_onnx(exportable, image, least, file, opset, metadata)
+    save_onnx(exportable, image, sides, file, opset, metadata)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
@@ -90,18 +114,18 @@ def write_onnx(
 
 
 def save_onnx(
-    exportable: Exportable, image: Tensor, least: int | None, file: Path, opset: int | None, metadata: Metadata
+    exportable: Exportable, image: Tensor, sides: Sides | None, file: Path, opset: int | None, metadata: Metadata
 ) -> None:
     """Write an ONNX file of operators of the standard domain."""
-    program = to_graph(exportable, image, least)
-    sides = {} if least is None else {2: 'height', 3: 'width'}
+    program = to_graph(exportable, image, sides)
+    names = {0: 'batch'} | ({} if sides is None else {2: 'height', 3: 'width'})
     with _quiet('torch.onnx'):
         onnx_program = torch.onnx.export(
             program,
             input_names=['image'],
             output_names=list(metadata.outputs),
             opset_version=opset or OPSET,
-            dynamic_shapes=({0: 'batch', **sides},),
+            dynamic_shapes=(names,),
             custom_translation_table=onnx_translations(),
             dynamo=True,
             verbose=False,
@@ -114,7 +138,7 @@ def save_onnx(
 
 
 def write_openvino(
-    exportable: Exportable, image: Tensor, least: int | None, file: Path, opset: int | None, metadata: Metadata
+    exportable: Exportable, image: Tensor, sides: Sides | None, file: Path, opset: int | None, metadata: Metadata
 ) -> Run:
     """Write OpenVINO's .xml, with the weights in a .bin beside it, and load both again."""
     import openvino
@@ -122,7 +146,7 @@ def write_openvino(
     weights = file.with_suffix('.bin')
     with tempfile.TemporaryDirectory() as folder:
         onnx = Path(folder, 'model.onnx')
-        save_onnx(exportable, image, least, onnx, opset, metadata)
+        save_onnx(exportable, image, sides, onnx, opset, metadata)
         model = openvino.convert_model(onnx)
         model.set_rt_info(metadata.dumps(), [KEY])
         openvino.serialize(model, file, weights)
@@ -138,7 +162,7 @@ def write_openvino(
 
 
 def write_torchscript(
-    exportable: Exportable, image: Tensor, least: int | None, file: Path, opset: int | None, metadata: Metadata
+    exportable: Exportable, image: Tensor, sides: Sides | None, file: Path, opset: int | None, metadata: Metadata
 ) -> Run:
     """Write a TorchScript file of one size and load it again."""
     buffer = io.BytesIO()

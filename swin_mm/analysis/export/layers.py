@@ -93,6 +93,13 @@ class DeformableAttention(nn.Module):
         return (output if self.batch_first else output.transpose(0, 1)) + identity
 
 
+def cell_centres(height: int, width: int, like: Tensor) -> Tensor:
+    """The centre (x, y) of each cell of a map, from 0 to 1: (height * width, 2), of the type of ``like``."""
+    ys = (torch.arange(height, device=like.device, dtype=like.dtype) + 0.5) / height
+    xs = (torch.arange(width, device=like.device, dtype=like.dtype) + 0.5) / width
+    return torch.stack((xs[None].expand(height, width), ys[:, None].expand(height, width)), dim=-1).reshape(-1, 2)
+
+
 class PixelDecoder(nn.Module):
     """mmdet's ``MSDeformAttnPixelDecoder`` with sizes of maps as integers.
 
@@ -115,16 +122,10 @@ class PixelDecoder(nn.Module):
             height, width = x.shape[-2:]
             padding = x.new_zeros((x.shape[0], height, width), dtype=torch.bool)
             position = decoder.postional_encoding(padding) + decoder.level_encoding.weight[i].view(1, -1, 1, 1)
-            # the centre of each cell, from 0 to 1
-            ys = (torch.arange(height, device=x.device, dtype=x.dtype) + 0.5) / height
-            xs = (torch.arange(width, device=x.device, dtype=x.dtype) + 0.5) / width
-            reference = torch.stack(
-                (xs[None].expand(height, width), ys[:, None].expand(height, width)), dim=-1
-            ).reshape(-1, 2)
             shapes.append((height, width))
             inputs.append(decoder.input_convs[i](x).flatten(2).transpose(1, 2))
             positions.append(position.flatten(2).transpose(1, 2))
-            references.append(reference)
+            references.append(cell_centres(height, width, x))
         reference = torch.cat(references)[None, :, None].expand(feats[0].shape[0], -1, decoder.num_encoder_levels, -1)
         memory = decoder.encoder(
             query=torch.cat(inputs, dim=1),

@@ -182,3 +182,10 @@ def best(count: int, scores: Tensor, boxes: Tensor, groups: Tensor) -> tuple[Ten
     index = torch.where(valid, index, 0)
     boxes = boxes.gather(1, index[..., None].expand(-1, -1, 4)) * valid[..., None].to(boxes)
     return boxes, scores, groups.gather(1, index) * valid
+
+
+def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Clip boxes to an image of (height, width), which may be symbolic."""
+    one = boxes.new_ones(())
+    limit = torch.stack((one * size[1], one * size[0]) * 2)
+    return torch.minimum(boxes.clamp(min=0), limit)

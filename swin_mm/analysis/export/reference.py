@@ -3,7 +3,7 @@
 Shapes: B batch, N objects of an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +98,13 @@ def prepared_images(cfg: Config, files: Sequence[str]) -> list[np.ndarray]:
     return prepared
 
 
-def batches(images: Sequence[np.ndarray], size: tuple[int, int] | None, least: int) -> list[np.ndarray]:
+def batches(images: Sequence[np.ndarray], size: tuple[int, int] | None, fit: Callable[[int], int]) -> list[np.ndarray]:
     """Batches (B, H, W, channels) at several sizes, made from images of the test pipeline.
 
     Args:
         images: (H, W, channels).
         size: (width, height) to keep to; None for several.
-        least: smallest side.
+        fit: the next side that the file takes.
     """
     height, width = images[0].shape[:2]
     if size:
@@ -112,7 +112,7 @@ def batches(images: Sequence[np.ndarray], size: tuple[int, int] | None, least: i
     else:
         # as it is; two at once, smaller, in the other orientation; odd sides
         sizes = [(1, (width, height)), (2, (round(height * 0.6), round(width * 0.45))), (1, (width // 3 | 1, 97))]
-        sizes = [(count, (max(w, least, 32), max(h, least, 32))) for count, (w, h) in sizes]
+        sizes = [(count, (fit(max(w, 32)), fit(max(h, 32)))) for count, (w, h) in sizes]
     result = []
     for count, shape in sizes:
         chosen = [images[i % len(images)] for i in range(count)]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from swin_mm.analysis.export import dense_heads, layers, query_heads, roi_heads
+from swin_mm.analysis.export import dense_heads, dino, layers, query_heads, roi_heads
 from swin_mm.analysis.export.operators import Operators
 
 # LIBRARY.Class -> what replaces it. Only exactly these classes: a subclass may predict otherwise.
@@ -32,6 +32,7 @@ HEADS: Table = {
     'mmseg.MaskFormerHead': query_heads.SemanticMaskFormerQueries,
     'mmseg.Mask2FormerHead': query_heads.SemanticQueries,
 }
+DETECTORS: Table = {'mmdet.DINO': dino.DinoTransformer}  # whole detectors, whose heads do not stand alone
 
 
 def class_name(module: nn.Module) -> str:
@@ -55,7 +56,8 @@ def exportable_copy(model: nn.Module, operators: Operators, heads: bool, pooling
     # In this order: heads take over layers that are replaced already.
     for table in (POOLING if pooling else {}, LAYERS, HEADS if heads else {}):
         replace(model, table, operators)
-    return model
+    make = DETECTORS.get(class_name(model)) if heads else None
+    return make(model, operators) if make else model
 
 
 def replace(model: nn.Module, table: Table, operators: Operators) -> None:

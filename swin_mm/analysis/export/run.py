@@ -1,8 +1,10 @@
 """Export of a backbone or a whole model to a file that runs without this project, compared with PyTorch."""
 
+import math
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from swin_mm.analysis.export.comparison import TOLERANCES, Difference, compare, root_cause
-from swin_mm.analysis.export.formats import LIBRARIES, OPSETS, SUFFIXES, WRITERS, output_file
+from swin_mm.analysis.export.formats import LIBRARIES, OPSETS, SUFFIXES, WRITERS, Sides, output_file
 from swin_mm.analysis.export.metadata import Metadata, describe_input, names_and_colours, resize_of
 from swin_mm.analysis.export.reference import batches, find_images, noise, prepared_images, reference_outputs
+from swin_mm.analysis.export.replacements import class_name
 from swin_mm.analysis.export.whole import Exportable, Preprocess
 from swin_mm.analysis.images import preprocessor_settings
 from swin_mm.checkpoints import unwrap, write_checkpoint
@@ -27,6 +30,7 @@ from swin_mm.utils.errors import InputError
 # (batch, height, width) at which maps are compared on noise: multiples of windows, of patches, of neither, one window,
 # both orientations.
 SIZES = ((1, 224, 224), (2, 256, 192), (1, 97, 131), (3, 28, 28), (2, 333, 250), (1, 800, 1333))
+NECKS_OF_MULTIPLES = ('mmdet.CSPNeXtPAFPN',)  # of 32
 RUN_OPTIONS = ('compile', 'attention')  # arguments of the backbone that do not concern a file
 
 
@@ -112,16 +116,16 @@ def export(
     exportable = Exportable(model, part, before, onnx=to in ('onnx', 'openvino')).eval()
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     inputs = Inputs(cfg, model, channels, preprocess)
-    least = None if size else smallest_side(model)
+    sides = Sides(smallest_side(model), side_multiple(model))
     differences: list[Difference] = []
     with torch.no_grad(), output_file(out, to) as file, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # exporters warn about themselves, and mmdet about PyTorch
-        pairs = inputs.make(part, size, least, images)
+        pairs = inputs.make(part, size, sides, images)
         try:
             example = pairs[1][0]
             names = exportable.output_names(len(exportable(example)))
             metadata = describe(cfg, meta, exportable, names, preprocess)
-            run = WRITERS[to](exportable, example, least, file, opset, metadata)
+            run = WRITERS[to](exportable, example, None if size else sides, file, opset, metadata)
         except (OSError, InputError):
             raise
         except Exception as error:
@@ -161,14 +165,14 @@ class Inputs:
             self.preprocessor = build_model(cfg, settings).eval()
 
     def make(
-        self, part: str, size: tuple[int, int] | None, least: int | None, files: Sequence[str | Path]
+        self, part: str, size: tuple[int, int] | None, sides: Sides, files: Sequence[str | Path]
     ) -> list[tuple[Tensor, Tensor]]:
         """Pairs of what the file takes and what the model takes, at several sizes.
 
         Args:
             part: one of ``PARTS``; maps are also compared on noise, of any size.
             size: (width, height) if it is fixed.
-            least: smallest side.
+            sides: what the file takes.
             files: images to use.
 
         Raises:
@@ -178,10 +182,10 @@ class Inputs:
         images = prepared_images(self.cfg, found)
         if any(image.shape[2] != self.channels for image in images) or not images:
             images = noise(self.channels)
-        pairs = [self.pair(torch.from_numpy(batch)) for batch in batches(images, size, least or 1)]
+        pairs = [self.pair(torch.from_numpy(batch)) for batch in batches(images, size, sides.fit)]
         if part != 'predictions' and size is None:
             for count, height, width in SIZES:
-                shape = (count, self.channels, max(height, least or 1), max(width, least or 1))
+                shape = (count, self.channels, sides.fit(height), sides.fit(width))
                 if self.preprocess:
                     pairs.append(self.pair(torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 2, 3, 1)))
                 else:
@@ -229,12 +233,13 @@ def describe(cfg: Config, meta: dict, exportable: Exportable, names: list[str], 
         names: of its outputs.
         preprocess: whether it normalises and pads.
     """
+    described = describe_input(cfg, preprocess)
     classes, palette = ((), ()) if exportable.task == 'backbone' else names_and_colours(cfg, meta)
     return Metadata(
         task=exportable.task,
         classes=classes,
         palette=palette,
-        input=describe_input(cfg, preprocess),
+        input=replace(described, size_divisor=math.lcm(described.size_divisor, side_multiple(exportable.model))),
         resize=resize_of(cfg),
         outputs=tuple(names),
         mask_format=exportable.mask_format,
@@ -280,3 +285,9 @@ def smallest_side(model: nn.Module) -> int:
                 least = max(least, stride * max(stage.blocks[0].attn.window) + 1)
             stride *= stage.downsample.stride if stage.downsample else 1
     return least
+
+
+def side_multiple(model: nn.Module) -> int:
+    """What height and width must be multiples of: some necks join maps of the same size only."""
+    neck = getattr(model, 'neck', None)
+    return 32 if neck is not None and class_name(neck) in NECKS_OF_MULTIPLES else 1

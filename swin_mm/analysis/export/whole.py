@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from swin_mm.analysis.export.dino import DinoTransformer
 from swin_mm.analysis.export.metadata import Input
 from swin_mm.analysis.export.operators import CUSTOM, PLAIN
-from swin_mm.analysis.export.replacements import HEADS, class_name, exportable_copy
+from swin_mm.analysis.export.replacements import DETECTORS, HEADS, class_name, exportable_copy
 from swin_mm.utils.errors import InputError
 
 PARTS = ('predictions', 'model', 'backbone')
@@ -73,10 +74,12 @@ class Exportable(nn.Module):
                 f'--part model: {type(model).__name__} selects boxes between its two stages, so there are no maps '
                 'before the selection; --part predictions and --part backbone work'
             )
-        if part == 'predictions' and not self.is_segmentor:
+        if part == 'predictions' and not self.is_segmentor and class_name(model) not in DETECTORS:
             require_replacements(model)
         heads = self.is_segmentor or part == 'predictions'
         self.model: Any = exportable_copy(model, CUSTOM if onnx else PLAIN, heads, pooling=onnx)
+        if isinstance(self.model, DinoTransformer) and preprocess is not None and preprocess.divisor > 1:
+            raise InputError('--preprocess: DINO marks padded pixels, which a file cannot: set pad_size_divisor=1')
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in the order of :meth:`output_names`."""
@@ -92,6 +95,8 @@ class Exportable(nn.Module):
         feats = self.model.extract_feat(x)
         if hasattr(self.model, 'panoptic_fusion_head'):
             return self.model.panoptic_fusion_head(*self.model.panoptic_head(feats, size, (x.shape[2], x.shape[3])))
+        if isinstance(self.model, DinoTransformer):
+            return self.model(feats, size)
         if hasattr(self.model, 'roi_head'):
             boxes, scores, _ = self.model.rpn_head(feats, size)
             return self.model.roi_head(feats, boxes, scores, size)
