@@ -180,6 +180,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
             masks.mkdir(parents=True)
             for image in (folder / f'data/{own}/{split}').iterdir():
                 cv2.imwrite(str(masks / f'{image.stem}.png'), np.eye(64, 96, dtype=np.uint8))
+        four = folder / f'data/mine16/{split}'
+        shutil.copytree(folder / f'data/mine/masks/{split}', folder / f'data/mine16/masks/{split}')
+        four.mkdir()
+        for image in (folder / f'data/mine/{split}').iterdir():
+            pixels = cv2.imread(str(image)).astype(np.uint16) * 257
+            cv2.imwrite(str(four / f'{image.stem}.tif'), np.dstack([pixels, pixels[..., 0]]))
         instances(split, f'data/custom/{split}', f'data/custom/annotations/{split}.json', ['cat', 'dog'])
     for semantic in ('data/ade/ADEChallengeData2016', 'data/custom'):
         shutil.copytree(made / 'ade', folder / semantic, dirs_exist_ok=True)

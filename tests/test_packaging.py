@@ -93,7 +93,7 @@ def test_wheel_requires_the_maintained_distributions_only(metadata):
     required = [line for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line]
     names = sorted(re.match(r'[\w-]+', line)[0] for line in required)
     assert names == ['onedl-mmengine', 'safetensors', 'torch']
-    assert set(metadata.get_all('Provides-Extra')) == {'det', 'seg', 'all', 'hub', 'onnx', 'docs', 'dev'}
+    assert set(metadata.get_all('Provides-Extra')) == {'det', 'seg', 'all', 'hub', 'large', 'onnx', 'docs', 'dev'}
 
 
 def test_version_is_the_same_everywhere(metadata):

@@ -14,6 +14,8 @@ examples:
     python tools/test.py CONFIG CHECKPOINT --out predictions.pkl --show-dir pictures
   predictions of a segmentor, one PNG of class numbers (from 0) per image:
     python tools/test.py CONFIG CHECKPOINT --out masks
+  large images by overlapping tiles, merged before they are compared with the ground truth:
+    python tools/test.py CONFIG CHECKPOINT --tile 1024 --overlap 0.2
   8 GPUs: tools/dist_test.sh CONFIG CHECKPOINT 8
 """
 
@@ -30,6 +32,10 @@ def parse_args() -> Namespace:
     parser.add_argument(
         '--dtype', choices=DTYPES, default='fp32', help='what the network computes in; fp32 is the default'
     )
+    parser.add_argument('--tile', type=int, metavar='N', help='predict on larger images by tiles of N x N pixels')
+    parser.add_argument(
+        '--overlap', type=float, default=0.2, metavar='SHARE', help='of a tile with the next (default: 0.2)'
+    )
     return parser.parse_args()
 
 
@@ -43,6 +49,8 @@ def main(args: Namespace) -> None:
         tta=args.tta,
         dtype=args.dtype,
         allow_pickle=args.allow_pickle,
+        tile=args.tile,
+        overlap=args.overlap,
     )
 
 

@@ -39,7 +39,7 @@ def parse_args() -> Namespace:
         choices=sorted(training.VIS_BACKENDS),
         action='append',
         default=[],
-        help='log to TensorBoard (in the work_dir) or Weights & Biases too; may be repeated',
+        help='log to TensorBoard or MLflow (in the work_dir) or Weights & Biases too; may be repeated',
     )
     parser.add_argument(
         '--resume',

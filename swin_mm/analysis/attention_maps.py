@@ -23,9 +23,9 @@ from mmengine.model import BaseModule
 from torch import Tensor
 
 from swin_mm.analysis.figures import figure
-from swin_mm.analysis.images import displayable, image_reader, preprocessor_settings, test_pipeline
+from swin_mm.engine.images import displayable, image_reader, preprocessor_settings, test_pipeline
 from swin_mm.models.swin import SwinBlock, SwinPyramid
-from swin_mm.openmmlab.config import build_model
+from swin_mm.openmmlab.config import build_model, type_name
 from swin_mm.ops.attention import reference
 from swin_mm.ops.windows import Size, padded_size, region_mask, window_partition, window_reverse
 from swin_mm.utils.errors import InputError
@@ -126,7 +126,7 @@ def save_figures(
 
 
 def prepare_image(cfg: Config, path: str, size: tuple[int, int] | None) -> tuple[np.ndarray, Tensor, tuple[int, int]]:
-    """Read an image, scale it, and normalise it as the config's data preprocessor does.
+    """Read an image, scale it, and normalise it as the config's test pipeline or data preprocessor does.
 
     Args:
         cfg: the config.
@@ -142,7 +142,9 @@ def prepare_image(cfg: Config, path: str, size: tuple[int, int] | None) -> tuple
     if size := size or test_scale(cfg):
         image = mmcv.imrescale(image, size)
         image = image if image.ndim == 3 else image[..., None]  # OpenCV drops a single channel
-    settings = preprocessor_settings(cfg)
+    # A Normalize step of the pipeline does it, or the data preprocessor; the names of the settings are the same.
+    step = next((step for step in test_pipeline(cfg) if type_name(step) == 'Normalize'), None)
+    settings = preprocessor_settings(cfg) if step is None else {'to_rgb': True, **step}
     tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)).astype(np.float32))
     # Classifiers call the switch to_rgb.
     if settings.get('bgr_to_rgb', settings.get('to_rgb', False)) and len(tensor) >= 3:

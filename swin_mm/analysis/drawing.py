@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-from swin_mm.analysis.tiles import PlacedMask
+from swin_mm.engine.tiles import PlacedMask
 
 TINT = 0.2  # share of the class's colour inside a region
 MAX_LABELLED = 25  # objects; with more, text would cover the picture

@@ -7,7 +7,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +24,10 @@ from mmengine.structures import BaseDataElement
 from PIL import Image
 
 from swin_mm.analysis.drawing import class_colours, draw_instances, draw_label_map, with_legend
-from swin_mm.analysis.images import displayable, image_reader
-from swin_mm.analysis.tiles import Tile, encode_mask, merge_instances, paste_labels, split_into_tiles
+from swin_mm.engine.images import WindowedImage, displayable, image_reader, overview, without_annotations
 from swin_mm.engine.inference import prepare_for_inference
 from swin_mm.engine.runner import load_complete
+from swin_mm.engine.tiles import encode_mask, is_larger, predict_tiles, require_tile, resized_sample
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import config_errors, test_dataset
 from swin_mm.openmmlab.loading import read_for_mmengine
@@ -38,18 +37,19 @@ from swin_mm.utils.files import atomic_write
 IMAGES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 VIDEOS = ('.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 LONGEST_NAME = 245  # bytes; file systems take 255, with the suffix
+LARGEST_PICTURE = 4096  # pixels a side, of the drawings of tiled images
 
 
 class View(NamedTuple):
     """An image, or a frame of a video."""
 
     name: str  # name of its outputs, without suffix
-    image: np.ndarray  # (H, W, channels) as it was read, in the order BGR
+    image: np.ndarray | WindowedImage  # (H, W, channels) as it was read, in the order BGR
 
     @property
     def picture(self) -> np.ndarray:
         """The image to draw on, (H, W, 3) RGB."""
-        return displayable(self.image)
+        return displayable(self.image[:, :])
 
 
 class Predictor:
@@ -87,17 +87,17 @@ class Predictor:
                 f'{cfg.filename} does not predict objects or segments: default_scope should be mmdet or mmseg, and '
                 'there should be a test_dataloader, whose pipeline prepares the images'
             )
-        if tile is not None and not (tile >= 32 and 0 <= overlap <= 0.9):
-            raise InputError(f'tile {tile}, overlap {overlap}: expected at least 32 pixels, and a share from 0 to 0.9')
+        if tile is not None:
+            require_tile(tile, overlap)
         self.score_thr, self.tile, self.overlap = score_thr, tile, overlap
         content = read_for_mmengine(checkpoint)
         init_default_scope(cfg.default_scope)
         with config_errors(cfg):
-            self.read = image_reader(cfg)
+            self.read = image_reader(cfg, windows_above=tile)
         if tta:
             apply_tta(cfg)
         dataset = cfg.test_dataloader.dataset = test_dataset(cfg)
-        dataset.pipeline = _without_annotations(dataset.pipeline)
+        dataset.pipeline = without_annotations(dataset.pipeline)
         cfg.visualizer = {'type': f'{"Det" if self.detects else "Seg"}LocalVisualizer'}  # inferencers ask for one
         if self.detects:
             from mmdet.apis import DetInferencer as Inferencer
@@ -115,16 +115,16 @@ class Predictor:
     def predict(self, views: Iterable[View], batch_size: int = 1) -> Iterator[tuple[View, BaseDataElement]]:
         """Predict in batches; one sample for each view, on the CPU.
 
-        The masks of tiled views are a list of :class:`swin_mm.analysis.tiles.PlacedMask`.
+        The masks of tiled views are a list of :class:`swin_mm.engine.tiles.PlacedMask`.
         """
         views = iter(views)
         while batch := list(islice(views, batch_size)):
-            for tiled, group in groupby(batch, lambda v: self.tile is not None and max(v.image.shape[:2]) > self.tile):
+            for tiled, group in groupby(batch, lambda v: is_larger(v.image, self.tile)):
                 if tiled:
                     yield from ((view, self._predict_tiles(view.image, batch_size)) for view in group)
                 else:
                     whole = list(group)
-                    yield from zip(whole, self._predict_images([view.image for view in whole]), strict=True)
+                    yield from zip(whole, self._predict_images([view.image[:, :] for view in whole]), strict=True)
 
     def _predict_images(self, images: list[np.ndarray]) -> Iterator[BaseDataElement]:
         prepared = (self.inferencer.pipeline(np.ascontiguousarray(image)) for image in images)
@@ -132,31 +132,14 @@ class Predictor:
         for _, group in groupby(prepared, lambda data: self.detects or _shapes(data['inputs'])):
             yield from map(self._clean, self.inferencer.forward(self.inferencer.collate_fn(list(group))))
 
-    def _predict_tiles(self, image: np.ndarray, batch_size: int) -> BaseDataElement:
-        """Predict on tiles batch by batch, keeping of each only what goes into the merged prediction."""
+    def _predict_tiles(self, image: np.ndarray | WindowedImage, batch_size: int) -> BaseDataElement:
         assert self.tile is not None
-        height, width = image.shape[:2]
-        tiles = iter(split_into_tiles((height, width), self.tile, self.overlap))
-        labels = (
-            None if self.detects else np.zeros((height, width), np.uint8 if len(self.classes) <= 256 else np.uint16)
-        )
-        parts: list[tuple[Tile, BaseDataElement]] = []
-        while batch := list(islice(tiles, batch_size)):
-            for tile, sample in zip(batch, self._predict_images([image[t.pixels] for t in batch]), strict=True):
-                if 'pred_panoptic_seg' in sample:
-                    raise InputError('panoptic segments cannot be merged across tiles; predict on whole images')
-                if labels is None:
-                    parts.append((tile, sample.pred_instances))
-                else:
-                    paste_labels(labels, sample.pred_sem_seg.data[0].numpy(), tile)
-        if labels is None:
-            from mmdet.structures import DetDataSample
-
-            return DetDataSample(pred_instances=merge_instances(parts))
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
-
-        return SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(labels)[None]))
+        found = predict_tiles(image, self._predict_images, self.tile, self.overlap, batch_size, len(self.classes))
+        if self.detects:
+            from mmdet.structures import DetDataSample as Sample
+        else:
+            from mmseg.structures import SegDataSample as Sample
+        return Sample(**found)
 
     def _clean(self, sample: BaseDataElement) -> BaseDataElement:
         sample = sample.cpu()
@@ -168,7 +151,11 @@ class Predictor:
 
     def draw(self, view: View, sample: BaseDataElement) -> np.ndarray:
         """The picture with the prediction and a legend, (H, W, 3) RGB."""
-        return draw_prediction(view.picture, sample, self.classes, self.palette)
+        if not is_larger(view.image, self.tile):
+            return draw_prediction(view.picture, sample, self.classes, self.palette)
+        picture = displayable(overview(view.image, LARGEST_PICTURE))
+        sample = resized_sample(sample, max(picture.shape[:2]) / max(view.image.shape[:2]))
+        return draw_prediction(picture, sample, self.classes, self.palette)
 
     def save(self, view: View, sample: BaseDataElement, folder: Path) -> None:
         """Write the prediction to files named after the view, see :func:`save_prediction`."""
@@ -350,7 +337,7 @@ def save_prediction(
     record: dict[str, Any] | None = None
     if 'pred_sem_seg' in sample:
         few = len(classes) <= 256
-        pixels = Image.fromarray(sample.pred_sem_seg.data[0].numpy().astype(np.uint8 if few else np.uint16))
+        pixels = Image.fromarray(sample.pred_sem_seg.data[0].numpy().astype(np.uint8 if few else np.uint16, copy=False))
         if few:
             pixels.putpalette(np.asarray(palette, np.uint8).ravel().tolist())
     elif 'pred_panoptic_seg' in sample:
@@ -404,16 +391,6 @@ def _shorten(part: str) -> str:
     if len(content) <= LONGEST_NAME:
         return part
     return content[: LONGEST_NAME - 9].decode(errors='ignore') + '~' + hashlib.sha1(content).hexdigest()[:8]
-
-
-def _without_annotations(node: Any) -> Any:
-    """Leave out the steps of a pipeline, at any depth, that read annotations: there are none."""
-    if isinstance(node, dict):
-        return {key: _without_annotations(value) for key, value in node.items()}
-    if not isinstance(node, list):
-        return node
-    steps = [s for s in node if not (isinstance(s, dict) and re.search(r'Load\w*Annotation', str(s.get('type'))))]
-    return [step for step in map(_without_annotations, steps) if step != []]
 
 
 def classes_and_palette(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:

@@ -17,13 +17,18 @@ from mmengine.visualization import Visualizer
 from PIL import Image
 
 from swin_mm.engine.config_pickles import require_no_pickles
+from swin_mm.engine.images import WindowedImage, displayable, overview
 from swin_mm.engine.runner import build_runner, configure_dataloaders
+from swin_mm.engine.tiled_test import apply_tiles
+from swin_mm.engine.tiles import resized_sample
 from swin_mm.engine.training import run_errors
 from swin_mm.engine.tta import apply_tta
 from swin_mm.openmmlab.config import as_list, require_data, test_dataset
 from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import atomic_write
+
+LARGEST_PICTURE = 2048  # pixels a side, of the drawings of tiled images
 
 
 def test(
@@ -35,6 +40,8 @@ def test(
     tta: bool = False,
     dtype: str = 'fp32',
     allow_pickle: bool = False,
+    tile: int | None = None,
+    overlap: float = 0.2,
 ) -> dict[str, float]:
     """Test a checkpoint on the config's test set.
 
@@ -46,6 +53,9 @@ def test(
         tta: test-time augmentation.
         dtype: what the network computes in, see :func:`swin_mm.engine.inference.set_autocast`.
         allow_pickle: open pickles that the config names, which can run code.
+        tile: predict on larger images by tiles of this many pixels a side, see
+            :func:`swin_mm.engine.tiled_test.apply_tiles`.
+        overlap: least share of a tile that it has in common with the next.
 
     Returns:
         The metrics.
@@ -62,9 +72,11 @@ def test(
     require_data(cfg, 'test')
     read_checkpoint(checkpoint)
     if show_dir:
-        draw_predictions(cfg, show_dir)
+        draw_predictions(cfg, show_dir, tile)
     if tta:
         apply_tta(cfg)
+    if tile is not None:
+        apply_tiles(cfg, tile, overlap)
     if out:
         save_predictions(cfg, out)
     configure_dataloaders(cfg, 'test')
@@ -74,12 +86,13 @@ def test(
         return build_runner(cfg).test()
 
 
-def draw_predictions(cfg: Config, folder: str) -> None:
+def draw_predictions(cfg: Config, folder: str, tile: int | None = None) -> None:
     """Configure a test to draw every prediction beside its ground truth.
 
     Args:
         cfg: the config, changed in place.
         folder: where the pictures go, each under the name of its image; made if missing.
+        tile: side of the tiles of larger images.
 
     Raises:
         InputError: the folder cannot be written to, or the config has no visualizer of its library.
@@ -95,6 +108,7 @@ def draw_predictions(cfg: Config, folder: str) -> None:
         folder=os.path.abspath(folder),
         root=_image_folder(cfg),
         backend_args=test_dataset(cfg).get('backend_args'),
+        tile=tile,
     )
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
 
@@ -186,21 +200,41 @@ class DrawingHook(Hook):
         root: the folder of the images; images in subfolders keep their relative path.
         backend_args: of mmengine's file reader, for the images.
         score_thr: detections of lower score are left out.
+        tile: larger images are drawn with at most ``LARGEST_PICTURE`` pixels a side, and with boxes instead of masks.
     """
 
-    def __init__(self, folder: str, root: str, backend_args: dict | None = None, score_thr: float = 0.3) -> None:
+    def __init__(
+        self,
+        folder: str,
+        root: str,
+        backend_args: dict | None = None,
+        score_thr: float = 0.3,
+        tile: int | None = None,
+    ) -> None:
         self.folder = folder
         self.root = root
         self.backend_args = backend_args
         self.score_thr = score_thr
+        self.tile = tile
 
     def after_test_iter(self, runner: Runner, outputs: Sequence[BaseDataElement], **_: Any) -> None:
         """Draw a batch."""
         visualizer = Visualizer.get_current_instance()
         options = {'pred_score_thr': self.score_thr} if 'Det' in type(visualizer).__name__ else {}
         for sample in outputs:
-            content = fileio.get(sample.img_path, backend_args=self.backend_args)
-            picture = mmcv.imfrombytes(content, channel_order='rgb')
+            picture = self._read(sample.img_path)
+            if self.tile is not None and max(sample.ori_shape) > self.tile:
+                picture = overview(picture, LARGEST_PICTURE)
+                scale = max(picture.shape[:2]) / max(sample.ori_shape)
+                sample = resized_sample(sample.cpu(), scale, with_masks=False)
             name = _name(sample.img_path, self.root)
             with atomic_write(Path(self.folder, name)) as part:
                 visualizer.add_datasample(name, picture, data_sample=sample, out_file=str(part), **options)
+
+    def _read(self, path: str) -> np.ndarray:
+        """The picture in RGB, made smaller if it can be read by windows."""
+        if self.tile is not None and self.backend_args is None:
+            windows = WindowedImage.open(path, self.tile)
+            if windows is not None:
+                return displayable(overview(windows, LARGEST_PICTURE))
+        return mmcv.imfrombytes(fileio.get(path, backend_args=self.backend_args), channel_order='rgb')

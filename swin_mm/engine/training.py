@@ -24,13 +24,14 @@ from mmengine.runner import Runner
 from swin_mm.engine.config_pickles import require_no_pickles
 from swin_mm.engine.preemption import PreemptionHook
 from swin_mm.engine.runner import build_runner, configure_training
+from swin_mm.engine.schedule import long_warmup
 from swin_mm.engine.work_dir import last_checkpoint, locked
 from swin_mm.openmmlab.config import require_data
 from swin_mm.openmmlab.loading import read_checkpoint, require_training_checkpoint
 from swin_mm.utils.errors import CheckpointError, InputError, one_line
 
 AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
-VIS_BACKENDS = {'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}
+VIS_BACKENDS = {'mlflow': 'MLflowVisBackend', 'tensorboard': 'TensorboardVisBackend', 'wandb': 'WandbVisBackend'}
 
 
 def train(cfg: Config, resume: str | None = None, allow_pickle: bool = False) -> None:
@@ -102,13 +103,23 @@ def scale_learning_rate(cfg: Config) -> None:
 def log_to(cfg: Config, package: str) -> None:
     """Add mmengine's writer for a package, a key of :data:`VIS_BACKENDS`, to the visualizer.
 
+    MLflow logs to the server that ``MLFLOW_TRACKING_URI`` names, or else to a database in the work_dir: it no longer
+    accepts the plain folder that mmengine would choose.
+
     Raises:
         InputError: the package is not installed.
     """
     if importlib.util.find_spec(package) is None:
         raise InputError(f'--vis {package} needs the package {package}; install it with: pip install {package}')
     visualizer = cfg.setdefault('visualizer', dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')]))
-    visualizer.vis_backends = [*(visualizer.get('vis_backends') or []), dict(type=VIS_BACKENDS[package])]
+    backend: dict[str, Any] = dict(type=VIS_BACKENDS[package])
+    if package == 'mlflow':
+        work_dir = os.path.abspath(cfg.work_dir)
+        backend.update(exp_name=Path(work_dir).name, tracking_uri=os.environ.get('MLFLOW_TRACKING_URI'))
+        if backend['tracking_uri'] is None:  # the logs are in the work_dir already
+            backend.update(tracking_uri=f'sqlite:///{work_dir}/mlflow.db', artifact_suffix=())
+            backend['artifact_location'] = f'{work_dir}/mlruns'
+    visualizer.vis_backends = [*(visualizer.get('vis_backends') or []), backend]
 
 
 def require_device(cfg: Config) -> None:
@@ -274,19 +285,8 @@ class WarmupCheckHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Compare the schedule with the length of the run."""
-        schedulers = runner.cfg.get('param_scheduler') or []
-        length = runner.max_iters
-        for scheduler in schedulers if isinstance(schedulers, (list, tuple)) else [schedulers]:
-            factor = scheduler.get('start_factor', scheduler.get('factor', 1.0))
-            if 'LR' not in str(scheduler.get('type')) or scheduler.get('begin', 0) or factor >= 1:
-                continue
-            unit = len(runner.train_dataloader) if scheduler.get('by_epoch', True) else 1
-            end = scheduler.get('end', float('inf')) * unit
-            if end > length / 10:
-                runner.logger.warning(
-                    f'the warm-up of the learning rate takes {min(end, length):.0f} of {length} iterations, more than '
-                    'a tenth of the run; shorten it in param_scheduler (its first entry: end)'
-                )
+        if what := long_warmup(runner.cfg, runner.max_iters, len(runner.train_dataloader)):
+            runner.logger.warning(what)
 
 
 @contextlib.contextmanager

@@ -205,7 +205,9 @@ def test_image_is_scaled_and_normalised_as_the_config_says(photo):
         assert given == (60, 40) and picture.shape[:2] == expected and image.shape == (1, 3, *expected)
 
 
-def test_image_of_four_channels_and_sixteen_bits(tmp_path):
+@pytest.mark.parametrize('step', [False, True])
+def test_image_of_four_channels_and_sixteen_bits(step, tmp_path):
+    """The data preprocessor normalises it, or a step of the pipeline."""
     pixels = np.random.default_rng(0).integers(0, 65536, (20, 30, 4)).astype(np.uint16)
     path = tmp_path / 'multi.tiff'
     assert cv2.imwrite(str(path), pixels)
@@ -217,9 +219,15 @@ def test_image_of_four_channels_and_sixteen_bits(tmp_path):
             test_dataloader=dict(dataset=dict(pipeline=pipeline)),
         )
     )
+    order = [2, 1, 0, 3]
+    if step:
+        order = [0, 1, 2, 3]
+        pipeline.append(dict(type='Normalize', mean=mean, std=std, to_rgb=False))
+        cfg.test_dataloader.dataset.pipeline = pipeline
+        cfg.model.data_preprocessor = dict(mean=None, std=None, bgr_to_rgb=False)
     picture, image, size = attention_maps.prepare_image(cfg, str(path), None)
     assert size == (30, 20) and picture.shape == (20, 30, 3) and picture.dtype == np.uint8
-    expected = (pixels[..., [2, 1, 0, 3]] - np.array(mean)) / std
+    expected = (pixels[..., order] - np.array(mean)) / std
     np.testing.assert_allclose(image[0].permute(1, 2, 0), expected, rtol=1e-4, atol=1e-3)
 
 

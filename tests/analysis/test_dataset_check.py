@@ -13,14 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmengine.config import Config
-from mmengine.optim import LinearLR
 from PIL import Image
 from rich.console import Console
 from support.tool_fixtures import CLASSES, ROOT, Bomb, make_tiny
 
-from swin_mm.analysis.dataset_check import Finding, Part, Report, check_datasets, long_warmup
-from swin_mm.analysis.dataset_check.findings import BOXES
+from swin_mm.analysis.dataset_check import Finding, Part, Report, check_datasets
+from swin_mm.analysis.dataset_check.findings import BOXES, SCHEDULE
 from swin_mm.analysis.dataset_check.masks import MaskError, decode_run_lengths, mask_extent
 from swin_mm.openmmlab.config import load_config
 from swin_mm.utils.errors import InputError
@@ -639,29 +637,24 @@ def test_the_pipeline_runs_on_samples_without_faults(check, own, task):
     match(check(task, parts=['train']), r'1.jpg: image file is truncated')
 
 
-def linear(**options):
-    return dict(type='LinearLR', **options)
-
-
 @pytest.mark.parametrize(
-    'loop, scheduler, expected',
-    [
-        (dict(max_iters=1000), [linear(by_epoch=False, end=100)], None),
-        (dict(max_iters=300), [linear(by_epoch=False, end=50)], '0.end=30'),
-        (dict(max_iters=300), [dict(type=LinearLR, by_epoch=False, end=50)], '0.end=30'),
-        (dict(max_iters=300), [dict(type='mmengine.LinearLR', by_epoch=False, end=50)], '0.end=30'),
-        (dict(max_epochs=10), [linear(by_epoch=False, end=26)], '0.end=25'),  # an epoch has 25 batches
-        (dict(max_epochs=10), [linear(end=1)], None),
-        (dict(max_epochs=10), dict(type='ConstantLR', end=2), '0.end=1'),
-        (dict(max_epochs=2), [linear(start_factor=1, end_factor=0, end=2)], None),
-        (dict(max_epochs=2), [dict(type='PolyLR', end=2)], None),
-        (None, None, None),
-    ],
+    'times, end, expected',
+    [(1, 1, None), (1, 2, 'takes 2 of 12 iterations'), (1, 3, '0.end=1, .*one GPU'), (3, 3, None), (3, 4, '4 of 36')],
 )
-def test_warmup(loop, scheduler, expected):
-    cfg = Config(dict(train_dataloader=dict(batch_size=4), train_cfg=loop, param_scheduler=scheduler))
-    message = long_warmup(cfg, images=100)
-    assert message is None if expected is None else f'param_scheduler.{expected}' in message
+def test_a_long_warm_up_is_noted(own, tmp_path, times, end, expected):
+    """Of 6 images, 2 at a time, for 4 epochs."""
+    path = make_tiny('detection', own, tmp_path).config
+    change = f"""
+loader = dict(_base_.train_dataloader, batch_size=2)
+loader['dataset'] = dict(type='RepeatDataset', times={times}, dataset=dict(loader['dataset'], **dataset))
+train_dataloader = dict(_delete_=True, **loader)
+train_cfg = dict(max_epochs=4)
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, end={end})]
+"""
+    path.write_text(path.read_text() + change)
+    found = check_datasets(load_config(path), ['train'], workers=1).findings
+    messages = [one.message for one in found if one.kind == SCHEDULE]
+    assert len(messages) == (expected is not None) and all(re.search(expected, message) for message in messages)
 
 
 # The report

@@ -9,15 +9,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import PixelData
 from PIL import Image
-from pycocotools import mask as coco
 
 from swin_mm.analysis import prediction
 from swin_mm.analysis.drawing import draw_instances, draw_label_map, with_legend
-from swin_mm.analysis.images import displayable, image_reader
 from swin_mm.analysis.prediction import Predictor, View, draw_prediction, name_outputs, save_prediction
-from swin_mm.analysis.tiles import PlacedMask, Tile, encode_mask, merge_instances, paste_labels, split_into_tiles
+from swin_mm.engine.tiles import PlacedMask
 from swin_mm.utils.errors import CheckpointError, InputError
 
 CLASSES, PALETTE = ['cat', 'dog', 'sky'], [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -103,24 +101,6 @@ def test_four_channels_of_sixteen_bits(data, tmp_path):
     assert drawn.dtype == np.uint8 and drawn[:64, :96].std() > 10
 
 
-def test_displayable():
-    colours = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
-    assert (displayable(colours) == colours[..., ::-1]).all()
-    assert (displayable(np.dstack([colours, colours[..., :1]])) == colours[..., ::-1]).all()
-    grey = np.linspace(0, 65535, 10000).astype(np.uint16).reshape(100, 100)
-    shown = displayable(grey)
-    assert shown.shape == (100, 100, 3) and shown.min() == 0 and shown.max() == 255 and 126 < shown.mean() < 129
-
-
-def test_a_truncated_image_is_refused(tmp_path):
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / 'a.jpg')
-    content = (tmp_path / 'a.jpg').read_bytes()
-    (tmp_path / 'a.jpg').write_bytes(content[: len(content) // 2])
-    assert cv2.imread(str(tmp_path / 'a.jpg')) is not None, 'OpenCV fills the rest'
-    with pytest.raises(InputError, match='truncated'):
-        image_reader(Config())(str(tmp_path / 'a.jpg'))
-
-
 def test_legends_have_one_even_size():
     row = ((255, 0, 0), 'class')
     for width in (400, 401):
@@ -200,62 +180,3 @@ def test_a_video_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(InputError, match='is the disk full'):
         prediction.write_video(tmp_path / 'a.mp4', 25, [np.zeros((32, 32, 3), np.uint8)] * 3)
     assert not any(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize('size, side, overlap', [((100, 250), 64, 0.25), ((64, 64), 64, 0.2), ((30, 200), 50, 0.0)])
-def test_tiles_cover_the_image_and_labels_are_joined(size, side, overlap):
-    labels = np.random.default_rng(0).integers(0, 200, size, dtype=np.uint8)
-    joined, times = np.full(size, 255, np.uint8), np.zeros(size, int)
-    tiles = list(split_into_tiles(size, side, overlap))
-    for tile in tiles:
-        part = labels[tile.pixels].copy()
-        assert part.shape == (min(side, size[0]), min(side, size[1]))
-        if len(tiles) > 1 and overlap:  # what is next to an inner edge must not be used
-            for axis, at in ((0, 0), (1, 0), (0, -1), (1, -1)):
-                if tile.overlaps[axis if at == 0 else axis + 2]:
-                    np.moveaxis(part, axis, 0)[at] = 255
-        paste_labels(joined, part, tile)
-        times[tile.pixels] += 1
-    assert (joined == labels).all() and times.min() == 1
-    shared = [t.overlaps for t in tiles]
-    assert all(o == 0 or o >= overlap * side - 1 for each in shared for o in each)
-
-
-def test_run_lengths_of_a_placed_mask():
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        mask = np.zeros((20, 30), bool)
-        top, left = random.integers(0, 15), random.integers(0, 25)
-        mask[top : top + 8, left : left + 8] = random.random((20, 30))[top : top + 8, left : left + 8] > 0.3
-        mask[:, 3] |= random.random() > 0.5  # a whole column
-        expected = coco.encode(np.asfortranarray(mask, np.uint8))
-        placed = PlacedMask.crop(mask[2:, 1:], 2, 1) if not mask[:2].any() and not mask[:, 0].any() else None
-        for found in (encode_mask(PlacedMask.crop(mask), (20, 30)), placed and encode_mask(placed, (20, 30))):
-            assert found is None or found == {'size': [20, 30], 'counts': expected['counts'].decode()}
-
-
-def test_objects_of_tiles_are_merged():
-    pytest.importorskip('mmcv.ops')
-    tiles = Tile(0, 0, 100, 100, (0, 0, 0, 30)), Tile(0, 70, 100, 170, (0, 30, 0, 0))
-
-    def objects(*boxes):
-        masks = np.zeros((len(boxes), 100, 100), bool)
-        for mask, (x1, y1, x2, y2, _) in zip(masks, boxes, strict=True):
-            mask[y1:y2, x1:x2] = True
-        values = torch.tensor(boxes, dtype=torch.float)
-        return InstanceData(
-            bboxes=values[:, :4], scores=values[:, 4], labels=torch.zeros(len(boxes), dtype=torch.long), masks=masks
-        )
-
-    first = (5, 5, 20, 20, 0.9), (75, 10, 90, 30, 0.8), (90, 50, 100, 60, 0.99), (40, 70, 100, 90, 0.5)
-    merged = merge_instances(
-        [
-            # Alone; in both tiles; cut, and whole in the other; cut, and too large for the overlap.
-            (tiles[0], objects(*first)),
-            (tiles[1], objects((5, 10, 20, 30, 0.7), (20, 50, 35, 60, 0.6))),
-        ]
-    )
-    assert merged.bboxes.tolist() == [[5, 5, 20, 20], [75, 10, 90, 30], [90, 50, 105, 60], [40, 70, 100, 90]]
-    assert merged.scores.tolist() == pytest.approx([0.9, 0.8, 0.6, 0.5])
-    for mask, (x1, y1, x2, y2) in zip(merged.masks, merged.bboxes.int().tolist(), strict=True):
-        assert (mask.left, mask.top) == (x1, y1) and mask.pixels.shape == (y2 - y1, x2 - x1)

@@ -35,22 +35,13 @@ train_dataloader = dict(dataset=dict(ann_file='a.json', data_root='data/old', me
     assert not (tmp_path / 'exploded').exists()
 
 
-@pytest.mark.parametrize(
-    'scheduler, warned',
-    [
-        (dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000), '1000 of 2000'),
-        (dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=200), None),
-        (dict(type='LinearLR', start_factor=0.001, begin=0, end=3), '300 of 2000'),
-        (dict(type='MultiStepLR', begin=0, end=2000, milestones=[1000]), None),
-        (dict(type='ConstantLR', factor=0.1, by_epoch=False, end=9000), '2000 of 2000'),
-    ],
-)
-def test_a_long_warm_up_gives_a_warning(scheduler, warned, caplog):
-    cfg = Config(dict(param_scheduler=[scheduler]))
+@pytest.mark.parametrize('end, warned', [(200, False), (201, True)])
+def test_a_long_warm_up_gives_a_warning(end, warned, caplog):
+    cfg = Config(dict(param_scheduler=[dict(type='LinearLR', start_factor=0.001, by_epoch=False, end=end)]))
     runner = SimpleNamespace(cfg=cfg, max_iters=2000, train_dataloader=range(100), logger=logging.getLogger('warmup'))
     with caplog.at_level('WARNING'):
         WarmupCheckHook().before_train(runner)
-    assert (warned in caplog.text) if warned else not caplog.text
+    assert ('takes 201 of 2000 iterations' in caplog.text) if warned else not caplog.text
 
 
 WORKER = """Caught InputError in DataLoader worker process 0.

@@ -1,6 +1,8 @@
 import copy
 import json
 import pickle
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
+from pycocotools import mask as run_lengths
 from support.processes import in_processes, run_main, run_on_a_full_disk
-from support.tool_fixtures import Bomb, last_checkpoint, run_tool
+from support.tool_fixtures import CLASSES, Bomb, last_checkpoint, run_tool
 
 from swin_mm.engine.tta import apply_tta
 from swin_mm.utils.errors import InputError
@@ -148,3 +151,167 @@ def test_augmentation_of_masks_alone_is_refused(tool):
     cfg = Config({'default_scope': 'mmdet', 'model': {'type': 'Mask2Former', 'panoptic_head': {}}})
     with pytest.raises(InputError, match='merges boxes only, and Mask2Former predicts masks'):
         apply_tta(cfg)
+
+
+# Tiles
+
+# Four images of 64 x 64 pixels, or one of 128 x 128 composed of them.
+SCENES = """
+_base_ = r'{config}'
+data = dict(data_root=r'{root}')
+if '{task}' == 'detection':
+    data.update(ann_file='{part}.json', data_prefix=dict(img='{part}'))
+    test_evaluator = dict(ann_file=r'{root}/{part}.json')
+else:
+    data.update(data_prefix=dict(img_path='{part}', seg_map_path='{part}_labels'), img_suffix='.png')
+test_pipeline = _base_.test_pipeline
+test_pipeline[1].scale = (64, 64)
+test_dataloader = dict(batch_size=3, dataset=dict(pipeline=test_pipeline, **data))
+"""
+PLACES = [(0, 0), (0, 64), (64, 0), (64, 64)]
+
+
+@pytest.fixture(scope='module')
+def lively(tiny, trained, tmp_path_factory):
+    """The trained checkpoint; a segmentor's bias is shifted, so that it predicts both classes."""
+    path = last_checkpoint(trained[0])
+    if tiny.task == 'detection':
+        return path
+    from mmseg.apis import inference_model, init_model
+
+    model = init_model(str(tiny.config), str(path), device='cpu')
+    logits = inference_model(model, next(scenes())).seg_logits.data
+    content = torch.load(path, weights_only=False)
+    content['state_dict']['decode_head.conv_seg.bias'][1] += (logits[0] - logits[1]).median()
+    path = tmp_path_factory.mktemp('lively') / 'lively.pth'
+    torch.save(content, path)
+    return path
+
+
+def scenes():
+    """Four noisy pictures with a bright rectangle."""
+    random = np.random.default_rng(1)
+    for top, left in PLACES:
+        picture = random.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+        picture[top // 4 + 5 : top // 4 + 35, left // 3 + 4 : left // 3 + 35] += 150
+        yield picture
+
+
+def join(pictures):
+    """Four pictures as one."""
+    return np.concatenate([np.concatenate(pictures[:2], 1), np.concatenate(pictures[2:], 1)])
+
+
+class Scenes:
+    """The config of a test on these scenes, in a folder, and its results."""
+
+    def __init__(self, tiny, checkpoint, folder):
+        self.tiny, self.checkpoint, self.folder = tiny, checkpoint, folder
+
+    def write(self, part, pictures, labels=None, annotations=()):
+        (self.folder / part).mkdir(exist_ok=True)
+        (self.folder / f'{part}_labels').mkdir(exist_ok=True)
+        for i, picture in enumerate(pictures):
+            Image.fromarray(picture).save(self.folder / f'{part}/{i}.png')
+            if labels is not None:
+                Image.fromarray(labels[i]).save(self.folder / f'{part}_labels/{i}.png')
+        side = len(pictures[0])
+        images = [{'id': i, 'file_name': f'{i}.png', 'width': side, 'height': side} for i in range(len(pictures))]
+        categories = [{'id': i, 'name': name} for i, name in enumerate(CLASSES, start=1)]
+        content = {'images': images, 'annotations': list(annotations), 'categories': categories}
+        (self.folder / f'{part}.json').write_text(json.dumps(content))
+        text = SCENES.format(config=self.tiny.config, root=self.folder, task=self.tiny.task, part=part)
+        (self.folder / f'{part}.py').write_text(text)
+
+    def test(self, part, *options):
+        """Test; the metrics and the saved predictions."""
+        work = Path(tempfile.mkdtemp(dir=self.folder))
+        out = work / ('out.pkl' if self.tiny.task == 'detection' else 'out')
+        arguments = (self.folder / f'{part}.py', self.checkpoint, '--work-dir', work / 'w', '--out', out, *options)
+        assert in_processes((run_main, 'test', *arguments)) == [0]
+        if self.tiny.task == 'detection':
+            found = sorted(pickle.loads(out.read_bytes()), key=lambda p: p['img_path'])
+            return metrics(work / 'w'), [p['pred_instances'] for p in found]
+        return metrics(work / 'w'), [np.asarray(Image.open(path)) for path in sorted(out.iterdir())]
+
+
+def as_annotations(predictions, offset=False):
+    """Every third predicted object as ground truth in COCO's format, in the four scenes or in the composed one."""
+    rows = []
+    for i, (objects, (top, left)) in enumerate(zip(predictions, PLACES, strict=True)):
+        for box, label, mask in list(zip(*(objects[key] for key in ('bboxes', 'labels', 'masks')), strict=True))[::3]:
+            x1, y1, x2, y2 = box.tolist()
+            pixels = run_lengths.decode(mask)
+            if offset:
+                x1, y1, x2, y2 = x1 + left, y1 + top, x2 + left, y2 + top
+                pixels = np.pad(pixels, ((top, 64 - top), (left, 64 - left)))
+            encoded = run_lengths.encode(np.asfortranarray(pixels))
+            rows.append(
+                {
+                    'id': len(rows) + 1,
+                    'image_id': 0 if offset else i,
+                    'category_id': int(label) + 1,
+                    'bbox': [x1, y1, x2 - x1, y2 - y1],
+                    'area': int(pixels.sum()),
+                    'iscrowd': 0,
+                    'segmentation': {'size': encoded['size'], 'counts': encoded['counts'].decode()},
+                }
+            )
+    return rows
+
+
+@pytest.fixture(scope='module')
+def tested(tiny, lively, tmp_path_factory):
+    """Four scenes whose ground truth the model partly meets, their composition, and the test of the four."""
+    run = Scenes(tiny, lively, tmp_path_factory.mktemp('scenes'))
+    pictures = list(scenes())
+    if tiny.task == 'detection':
+        run.write('single', pictures, annotations=as_annotations([fake_objects()] * 4))
+        predictions = run.test('single')[1]
+        run.write('single', pictures, annotations=as_annotations(predictions))
+        run.write('composed', [join(pictures)], annotations=as_annotations(predictions, offset=True))
+    else:
+        labels = [(picture[..., 0] > 100).astype(np.uint8) + 1 for picture in pictures]  # 0 is unlabelled
+        run.write('single', pictures, labels)
+        run.write('composed', [join(pictures)], [join(labels)])
+    return run, *run.test('single')
+
+
+def fake_objects():
+    mask = run_lengths.encode(np.asfortranarray(np.eye(64, dtype=np.uint8)))
+    return {'bboxes': torch.tensor([[0.0, 0, 64, 64]]), 'labels': torch.tensor([0]), 'masks': [mask]}
+
+
+def test_tiles_that_are_images_of_their_own_give_their_metrics(tiny, tested):
+    """Without overlap, and cut where it was composed, the composed image is the four images."""
+    run, expected, predictions = tested
+    found, (composed,) = run.test('composed', '--tile', '64', '--overlap', '0', '--show-dir', run.folder / 'drawn')
+    assert np.asarray(Image.open(run.folder / 'drawn/0.png')).shape == (128, 256, 3)
+    assert 1 < expected[tiny.metric] * (100 if tiny.task == 'detection' else 1) < 99, 'else this says little'
+    assert found.keys() == expected.keys()
+    for key in found:
+        if key.startswith(('coco/', 'aAcc', 'mIoU', 'mAcc')):
+            assert found[key] == pytest.approx(expected[key], abs=1e-3), key
+    if tiny.task == 'segmentation':
+        assert (composed == join(predictions)).all()
+    else:
+        assert len(composed['scores']) == sum(len(objects['scores']) for objects in predictions)
+
+
+def test_images_no_larger_than_a_tile_are_tested_as_without_tiles(tested):
+    run, expected, _ = tested
+    found, _ = run.test('single', '--tile', '64')
+    assert {key: value for key, value in found.items() if 'time' not in key} == {
+        key: value for key, value in expected.items() if 'time' not in key
+    }
+
+
+def test_tiles_that_overlap(tiny, tested):
+    run, *_ = tested
+    own = ('--cfg-options', 'tta_pipeline=None') if tiny.task == 'segmentation' else ()
+    found, (composed,) = run.test('composed', '--tile', '48', '--overlap', '0.3', '--tta', *own)
+    assert tiny.metric in found
+    if tiny.task == 'segmentation':
+        assert composed.shape == (128, 128)
+    else:
+        assert (composed['bboxes'].max(0).values > 100).all()

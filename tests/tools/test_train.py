@@ -209,13 +209,20 @@ def test_the_learning_rate_is_scaled_by_all_images_of_a_step(configured):
 
 
 def test_writers_are_added_to_those_of_the_config(configured, monkeypatch):
-    for package in 'tensorboard', 'wandb':
+    for package in 'mlflow', 'tensorboard', 'wandb':
         module = ModuleType(package)
         module.__spec__ = ModuleSpec(package, None)
         monkeypatch.setitem(sys.modules, package, module)
     cfg = configured('--vis', 'tensorboard', '--vis', 'wandb')
     writers = [writer.type for writer in cfg.visualizer.vis_backends]
     assert writers == ['LocalVisBackend', 'TensorboardVisBackend', 'WandbVisBackend']
+    monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
+    (_, mlflow) = configured('--vis', 'mlflow', '--work-dir', '/some/run').visualizer.vis_backends
+    assert mlflow.type == 'MLflowVisBackend' and mlflow.exp_name == 'run'
+    assert mlflow.tracking_uri == 'sqlite:////some/run/mlflow.db' and mlflow.artifact_location == '/some/run/mlruns'
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', 'http://server')
+    (_, mlflow) = configured('--vis', 'mlflow').visualizer.vis_backends
+    assert mlflow.tracking_uri == 'http://server' and 'artifact_location' not in mlflow
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,5 @@
 from swin_mm.analysis.dataset_check.check import check_datasets
 from swin_mm.analysis.dataset_check.findings import Finding
 from swin_mm.analysis.dataset_check.report import Part, Report
-from swin_mm.analysis.dataset_check.schedule import long_warmup
 
-__all__ = ['Finding', 'Part', 'Report', 'check_datasets', 'long_warmup']
+__all__ = ['Finding', 'Part', 'Report', 'check_datasets']

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -33,8 +34,8 @@ from swin_mm.analysis.dataset_check.findings import (
 from swin_mm.analysis.dataset_check.folders import label_values, missing_file_findings, unused_files, why_empty
 from swin_mm.analysis.dataset_check.report import Part, Report
 from swin_mm.analysis.dataset_check.samples import Facts, LabelValues, Sample, Task, inspect_sample
-from swin_mm.analysis.dataset_check.schedule import epoch_length, long_warmup
 from swin_mm.engine.config_pickles import find_code_files
+from swin_mm.engine.schedule import long_warmup
 from swin_mm.openmmlab.config import iter_dicts, reads_segments, type_name
 from swin_mm.utils.errors import InputError, one_line
 
@@ -289,8 +290,22 @@ def _training_findings(cfg: Config, part: Part, loaded: list[_Loaded | None]) ->
         with redirect_stdout(io.StringIO()):
             yield from check_batches(cfg, leaves, _with_leaves(cfg.train_dataloader.dataset, list(leaves)))
     lengths = [dataset.length if dataset else 0 for dataset in loaded]
-    if sum(lengths) and (what := long_warmup(cfg, epoch_length(cfg.train_dataloader.dataset, lengths))):
-        yield Finding(SCHEDULE, what)
+    per_epoch = math.ceil(
+        _epoch_length(cfg.train_dataloader.dataset, lengths) / (cfg.train_dataloader.get('batch_size') or 1)
+    )
+    loop = cfg.get('train_cfg') or {}
+    iterations = loop.get('max_iters') or (loop.get('max_epochs') or 0) * per_epoch
+    if per_epoch and iterations and (what := long_warmup(cfg, iterations, per_epoch)):
+        yield Finding(SCHEDULE, f'{what} (on one GPU)')
+
+
+def _epoch_length(dataset: Any, sizes: list[int]) -> int:
+    """Samples per epoch of a dataset with its wrappers; ``sizes`` of the datasets inside are used up in order."""
+    if inside := dataset.get('datasets'):
+        return sum(_epoch_length(one, sizes) for one in inside)
+    if 'dataset' in dataset:
+        return dataset.get('times', 1) * _epoch_length(dataset['dataset'], sizes)
+    return sizes.pop(0)
 
 
 def _label_findings(part: Part) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from swin_mm.analysis.export.whole import flatten, to_labels
-from swin_mm.analysis.images import image_reader, test_pipeline
+from swin_mm.engine.images import image_reader, test_pipeline
 from swin_mm.openmmlab.config import config_errors, test_dataset, type_name
 
 MAX_IMAGES = 3

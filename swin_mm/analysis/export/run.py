@@ -19,8 +19,8 @@ from swin_mm.analysis.export.metadata import Metadata, describe_input, names_and
 from swin_mm.analysis.export.reference import batches, find_images, noise, prepared_images, reference_outputs
 from swin_mm.analysis.export.replacements import class_name
 from swin_mm.analysis.export.whole import Exportable, Preprocess
-from swin_mm.analysis.images import preprocessor_settings
 from swin_mm.checkpoints import unwrap, write_checkpoint
+from swin_mm.engine.images import preprocessor_settings
 from swin_mm.engine.runner import load_complete
 from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.config import build_model
