@@ -135,6 +135,15 @@ def test_workflow_runs_every_supported_python(metadata):
     assert jobs['test']['strategy']['matrix']['python'] == supported
 
 
+def test_workflow_runs_every_nox_session():
+    sessions = re.findall(
+        r"^@nox.session\(python='([\d.]+)'\)\ndef (\w+)", (ROOT / 'noxfile.py').read_text(), re.MULTILINE
+    )
+    jobs = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())['jobs']
+    run = jobs['versions']['strategy']['matrix']['include']
+    assert [(job['python'], job['session']) for job in run] == sessions and len(sessions) == 4
+
+
 def test_the_index_lists_every_metafile_and_each_of_those_its_folder():
     index = yaml.safe_load((MIM / 'model-index.yml').read_text())['Import']
     assert sorted(index) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'configs').glob('*/metafile.yml'))

@@ -25,6 +25,7 @@ TYPES: dict[Any, str] = {
     float: 'float',
     bool: 'bool',
     torch.dtype: 'ScalarType',
+    torch.dtype | None: 'ScalarType?',
 }
 
 

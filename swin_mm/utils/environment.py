@@ -97,6 +97,8 @@ def find_problem(module: str) -> str:
         return f'{name} does not import: {error}; install that with: {install_command(error.name or "")}'
     except Exception as error:  # a broken binary or a check of versions may raise anything
         return f'{name} does not import ({" ".join(str(error).split())}); reinstall it with: {fix}'
+    if module == 'mmengine' and openmmlab_line() == 'original' and not is_installed('pkg_resources'):
+        return "the original mmengine needs pkg_resources, which setuptools 82 removed: pip install 'setuptools<82'"
     return ''
 
 

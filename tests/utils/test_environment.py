@@ -157,3 +157,10 @@ def test_doctor_names_the_line_of_openmmlab(installed, tmp_path, monkeypatch):
     finally:
         environment.distributions_by_module.cache_clear()
     assert command == ('pip install mmdet==3.3.0' if installed == 'original' else 'pip install onedl-mmdetection')
+
+
+@pytest.mark.parametrize('line, missing', [('onedl', False), ('original', True)])
+def test_original_mmengine_needs_pkg_resources(line, missing, monkeypatch):
+    monkeypatch.setattr(environment, 'openmmlab_line', lambda: line)
+    monkeypatch.setattr(environment, 'is_installed', lambda module: module != 'pkg_resources')
+    assert ("pip install 'setuptools<82'" in environment.find_problem('mmengine')) == missing
