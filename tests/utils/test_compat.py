@@ -35,7 +35,9 @@ def test_is_exporting():
 def one(a: Tensor, b: Tensor | None, c: Sequence[int], d: list[int], e: int, f: float, g: bool) -> Tensor: ...
 
 
-def several(a: Tensor, b: list[Tensor], c: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]: ...
+def several(
+    a: Tensor, b: list[Tensor], c: torch.dtype, d: torch.dtype | None
+) -> tuple[Tensor, Tensor, list[Tensor]]: ...
 
 
 @pytest.mark.skipif(compat.TORCH < (2, 8), reason='older versions of torch do not read all of these annotations')
@@ -67,6 +69,8 @@ def test_compiled_graphs_use_the_fused_kernels(pyramid):
 @BOTH
 @pytest.mark.parametrize('strict', [True, False])
 def test_exported_graphs_run_without_this_package(pyramid, strict):
+    if strict and compat.TORCH < (2, 5):
+        pytest.skip('a strict export fails: torch 2.4 expects that a bias is used either by its layer or by itself')
     torch.compiler.reset()
     with torch.no_grad():
         program = torch.export.export(pyramid(**TINY).eval(), (torch.rand(1, 3, 32, 32),), strict=strict)

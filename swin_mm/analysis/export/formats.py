@@ -56,7 +56,9 @@ def to_graph(exportable: Exportable, image: Tensor, least: int | None) -> Export
     """
     sides = {} if least is None else {2: Dim('height', min=least), 3: Dim('width', min=least)}
     with without_special_sizes():
-        program = torch.export.export(exportable, (image,), dynamic_shapes=({0: Dim('batch', min=1), **sides},))
+        program = torch.export.export(
+            exportable, (image,), dynamic_shapes=({0: Dim('batch', min=1), **sides},), strict=False
+        )
     graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
     for node in chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop('stack_trace', None)
