@@ -4,14 +4,17 @@
 #   make lint        formatting, style, types and spelling
 #   make docs        build the documentation site into site/
 #   make clean       remove $(VENV)
-# Options: PYTHON=python3.12, VENV=folder, JOBS=number of compilers and tests to run at once.
+# Options: PYTHON=python3.12, VENV=folder, JOBS=number of compilers and tests to run at once; for a new $(VENV):
+# TORCH=2.8.0, another version of torch, and MMCV_WHEELS=..., see .ci/install_mmcv.py.
 
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= $(shell getconf _NPROCESSORS_ONLN)
+TORCH ?=
+export MMCV_WHEELS ?=
 
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check -c constraints.txt
+PIP := $(PY) -m pip install --disable-pip-version-check -c $(VENV)/constraints.txt
 # Each step of the set-up leaves a stamp when it succeeds, so that an interrupted set-up continues where it stopped.
 DONE := $(VENV)/done
 
@@ -50,14 +53,23 @@ $(DONE)/venv:
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(DONE) && touch $@
 
-$(DONE)/torch: $(DONE)/venv constraints.txt
+# constraints.txt; with TORCH=2.x.y, without the pins that hold for one version of torch only. torchvision 0.(x+15)
+# belongs to torch 2.x.
+$(VENV)/constraints.txt: $(DONE)/venv constraints.txt
+	@if [ -z '$(TORCH)' ]; then cat constraints.txt; else \
+	    grep -vE '^(torch|torchvision|torchao|triton)==' constraints.txt; \
+	    echo 'torch==$(TORCH)'; \
+	    echo "torchvision<0.$$(($(word 2,$(subst ., ,$(TORCH))) + 16))"; \
+	fi > $@
+
+$(DONE)/torch: $(VENV)/constraints.txt
 	@echo 'installing torch'
 	$(PIP) torch numpy setuptools wheel ninja
 	@touch $@
 
-# mmcv is built against the torch and with the tools installed above.
+# A wheel, or built against the torch and with the tools installed above.
 $(DONE)/mmcv: $(DONE)/torch .ci/install_mmcv.py
-	@MAX_JOBS=$(JOBS) $(PY) .ci/install_mmcv.py $(VENV)/mmcv_build.log -c constraints.txt
+	@MAX_JOBS=$(JOBS) $(PY) .ci/install_mmcv.py $(VENV)/mmcv_build.log -c $(VENV)/constraints.txt
 	@touch $@
 
 # opencv-python needs libGL, which machines without a display often lack. The headless build of the same version,

@@ -3,16 +3,24 @@
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from swin_mm.ops.attention import cpu, sdpa, self_check, triton
 from swin_mm.ops.windows import Size
-from swin_mm.utils.environment import FIXES, NAMES, OPTIONAL, USES, find_problem, is_installed
+from swin_mm.utils.environment import (
+    LINES,
+    MODULES,
+    NAMES,
+    OPTIONAL,
+    USES,
+    find_distributions,
+    find_problem,
+    is_installed,
+    openmmlab_line,
+)
 from swin_mm.version import __version__
 
 # The attention that is checked on a GPU: window, and whether it is cosine attention.
@@ -27,68 +35,76 @@ def main() -> int:
     Returns:
         1 if something that is installed does not work, else 0.
     """
-    problems = {module: find_problem(module) for module in FIXES}
+    problems = {module: find_problem(module) for module in MODULES}
     broken = {module for module, problem in problems.items() if problem and is_installed(module)}
     no_kernel = cpu.unsupported_reason(torch.device('cpu'), torch.float32, head_size=32, dropout=False)
-    console = Console(highlight=False)
-    console.print(versions_table(problems, broken, bool(no_kernel)))
-    console.print(uses_table(problems))
     notes = [
         f'optional: {problem}' if module in OPTIONAL and module not in broken else problem
         for module, problem in problems.items()
-        if problem
+        if problem and (module != 'mmcv._ext' or is_installed('mmcv'))
     ]
     if no_kernel:
         notes.append(f'optional: the attention kernel for CPUs cannot be used: {no_kernel}')
+    print(f'swin_mm {__version__}\n')
+    print_table(('library', 'version', 'state'), *versions(problems, broken, bool(no_kernel)))
+    print_table(('use', 'state'), *uses(problems))
     if torch.cuda.is_available():
-        table, kernel_notes = attention_table(torch.device('cuda', torch.cuda.current_device()))
-        console.print(table)
+        device = torch.device('cuda', torch.cuda.current_device())
+        rows, kernel_notes = attention_kernels(device)
+        print(f'attention on {device}: ms of forward and backward, one image')
+        print_table(('attention', 'dtype', 'triton kernel', 'triton', 'sdpa'), *rows)
         notes += kernel_notes
     for note in notes:
-        console.print(f'- {note}', soft_wrap=True, markup=False)
+        print(f'- {note}')
     return 1 if broken else 0
 
 
-def versions_table(problems: dict[str, str], broken: set[str], no_kernel: bool) -> Table:
+def versions(problems: dict[str, str], broken: set[str], no_kernel: bool) -> Iterable[tuple[str, str, str]]:
     """The version and the state of each library.
 
     Args:
-        problems: What ``find_problem`` says about each library, '' if it works.
-        broken: The libraries that are installed and do not work.
-        no_kernel: Whether the compiled attention kernel cannot be used.
+        problems: what ``find_problem`` says about each library, '' if it works.
+        broken: the libraries that are installed and do not work.
+        no_kernel: whether the compiled attention kernel cannot be used.
     """
-    table = Table('library', 'version', 'state', title=f'swin_mm {__version__}', title_justify='left')
-    table.add_row('python', platform.python_version(), '[green]works')
-    table.add_row('CUDA', torch.version.cuda or '-', cuda_state())
+    yield 'python', platform.python_version(), 'works'
+    yield 'CUDA', torch.version.cuda or '-', cuda_state()
     for module, problem in problems.items():
-        state = '[red]broken' if module in broken else '[yellow]absent' if problem else '[green]works'
-        table.add_row(NAMES.get(module, module), getattr(sys.modules.get(module), '__version__', '-'), state)
-    capability = torch.backends.cpu.get_cpu_capability()
-    table.add_row('attention kernel for CPUs', capability, '[yellow]absent' if no_kernel else '[green]works')
-    return table
+        state = 'broken' if module in broken else 'absent' if problem else 'works'
+        distributions = find_distributions(module) if module in LINES['onedl'] else []
+        version = ' '.join([getattr(sys.modules.get(module), '__version__', '-'), *distributions])
+        yield NAMES.get(module, module), version, state
+    yield 'OpenMMLab', openmmlab_line() or '-', line_state()
+    yield 'attention kernel for CPUs', torch.backends.cpu.get_cpu_capability(), 'absent' if no_kernel else 'works'
 
 
-def uses_table(problems: dict[str, str]) -> Table:
+def uses(problems: dict[str, str]) -> Iterable[tuple[str, str]]:
     """What the package can be used for, and what is missing for the rest."""
-    table = Table('use', 'state', title='what works', title_justify='left')
     for use, modules in USES.items():
         missing = [NAMES.get(module, module) for module in modules if problems[module]]
-        table.add_row(use, f'[yellow]needs {", ".join(missing)}' if missing else '[green]works')
-    return table
+        yield use, f'needs {", ".join(missing)}' if missing else 'works'
 
 
-def attention_table(device: torch.device) -> tuple[Table, list[str]]:
+def line_state() -> str:
+    """What the installed line of OpenMMLab's distributions is."""
+    return {
+        'onedl': 'the maintained distributions',
+        'original': 'the original distributions, for numpy < 2 and setuptools < 82',
+        'mixed': 'distributions of both lines; install one of them',
+        '': 'not installed: the plain models work, configs do not',
+    }[openmmlab_line()]
+
+
+def attention_kernels(device: torch.device) -> tuple[list[tuple[str, ...]], list[str]]:
     """What ``attention='auto'`` finds when it checks the Triton kernel, and the times of both kernels on a GPU.
 
     Args:
         device: with its index; a CPU only if Triton interprets its kernels.
 
     Returns:
-        The table, and a note on each problem.
+        Rows of a table, and a note on each problem.
     """
-    title = f'attention on {device}: ms of forward and backward, one image'
-    table = Table('attention', 'dtype', 'triton kernel', 'triton', 'sdpa', title=title, title_justify='left')
-    notes = []
+    rows, notes = [], []
     for kind, (window, cosine) in KINDS.items():
         for name, dtype in DTYPES.items():
             case = self_check.Case(device, dtype, torch.float32, window, HEAD_SIZE, cosine)
@@ -103,8 +119,8 @@ def attention_table(device: torch.device) -> tuple[Table, list[str]]:
             if device.type == 'cuda':
                 kernels = [None if problem else triton.attention, sdpa.attention]
                 times = ['-' if k is None else milliseconds(k, device, dtype, window, cosine) for k in kernels]
-            table.add_row(kind, name, '[yellow]not used' if problem else '[green]equals the definition', *times)
-    return table, notes
+            rows.append((kind, name, 'not used' if problem else 'equals the definition', *times))
+    return rows, notes
 
 
 def milliseconds(
@@ -135,8 +151,16 @@ def milliseconds(
 def cuda_state() -> str:
     """The GPUs that torch can use."""
     if torch.cuda.is_available():
-        return f'[green]{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
-    return '[yellow]no GPU that torch can use; everything runs on the CPU'
+        return f'{torch.cuda.device_count()} x {torch.cuda.get_device_name()}'
+    return 'no GPU that torch can use; everything runs on the CPU'
+
+
+def print_table(*rows: tuple[str, ...]) -> None:
+    """Print aligned columns and an empty line; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print()
 
 
 if __name__ == '__main__':

@@ -89,11 +89,17 @@ def test_wheel_names_its_licence(wheel, metadata):
     assert 'Apache License' in text and 'Copyright 2026 the swin_mm authors' in text
 
 
-def test_wheel_requires_the_maintained_distributions_only(metadata):
-    required = [line for line in metadata.get_all('Requires-Dist') if 'extra ==' not in line]
-    names = sorted(re.match(r'[\w-]+', line)[0] for line in required)
-    assert names == ['onedl-mmengine', 'safetensors', 'torch']
-    assert set(metadata.get_all('Provides-Extra')) == {'det', 'seg', 'all', 'hub', 'large', 'onnx', 'docs', 'dev'}
+def test_plain_install_brings_nothing_of_openmmlab(metadata):
+    """It would overwrite the original distributions, which have the same import names."""
+    by_extra = {'': set()} | {extra: set() for extra in metadata.get_all('Provides-Extra')}
+    for line in metadata.get_all('Requires-Dist'):
+        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        by_extra[extra[1] if extra else ''].add(re.match(r'[\w-]+', line)[0])
+    assert by_extra.keys() == {'', 'det', 'seg', 'all', 'hub', 'large', 'onnx', 'docs', 'dev'}
+    assert by_extra[''] == {'torch', 'safetensors'}
+    common = {'onedl-mmengine', 'onedl-mmcv'}
+    assert by_extra['det'] == common | {'onedl-mmdetection'} and by_extra['seg'] == common | {'onedl-mmsegmentation'}
+    assert by_extra['all'] in ({'swin_mm'}, by_extra['det'] | by_extra['seg'])  # setuptools may resolve our own extras
 
 
 def test_version_is_the_same_everywhere(metadata):
@@ -127,6 +133,15 @@ def test_workflow_runs_every_supported_python(metadata):
     jobs = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())['jobs']
     supported = re.findall(r'Python :: (3\.\d+)', ' '.join(metadata.get_all('Classifier')))
     assert jobs['test']['strategy']['matrix']['python'] == supported
+
+
+def test_workflow_runs_every_nox_session():
+    sessions = re.findall(
+        r"^@nox.session\(python='([\d.]+)'\)\ndef (\w+)", (ROOT / 'noxfile.py').read_text(), re.MULTILINE
+    )
+    jobs = yaml.safe_load((ROOT / '.github/workflows/ci.yml').read_text())['jobs']
+    run = jobs['versions']['strategy']['matrix']['include']
+    assert [(job['python'], job['session']) for job in run] == sessions and len(sessions) == 4
 
 
 def test_the_index_lists_every_metafile_and_each_of_those_its_folder():

@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from swin_mm.checkpoints.namings import LEFTOVERS, NAMINGS, OUTPUT_NORMS, REBUILT, RELATIVES, STAGES, TARGETS, Naming
-from swin_mm.checkpoints.pickles import HEADROOM, MAX_EXPANSION
+from swin_mm.checkpoints.pickles import ARRAYS, HEADROOM, MAX_EXPANSION
 from swin_mm.models.swin import ARCHS
 from swin_mm.ops.windows import log_spaced_offsets, region_mask, relative_index
 from swin_mm.utils.errors import CheckpointError
@@ -37,7 +36,7 @@ def unwrap(checkpoint: Any, prefix: str = '') -> dict[str, Any]:
     for _ in WRAPPERS:  # wrappers may be nested
         state = next((state[w] for w in WRAPPERS if isinstance(state.get(w), Mapping)), state)
     state = {
-        key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+        key: torch.from_numpy(value) if isinstance(value, ARRAYS) else value
         for key, value in state.items()
         if isinstance(key, str)
     }

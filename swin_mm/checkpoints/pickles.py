@@ -18,11 +18,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Literal, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from swin_mm.utils.errors import CheckpointError
+
+try:
+    import numpy as np
+except ModuleNotFoundError:  # torch works without it, and so do files of tensors
+    np = None  # type: ignore[assignment]
 
 MAX_EXPANSION = 8  # times the file's size; a state dict, its moving average and an optimizer share no memory: about 2
 HEADROOM = 64 * 2**20  # bytes beyond that, for small files
@@ -92,6 +96,8 @@ class DType(Unfinished):
     def __init__(self, code: str, *_: Any) -> None:
         if not (isinstance(code, str) and re.fullmatch(r'b1|[iu][1248]|f[248]', code)):
             raise pickle.UnpicklingError(f'arrays of type {code!r} are not numbers')
+        if np is None:
+            raise CheckpointError('holds arrays of numpy, which is not installed; install it with: pip install numpy')
         self.dtype = np.dtype(code)
 
     def build(self, state: tuple) -> 'DType':
@@ -108,7 +114,7 @@ class Array(Unfinished):
     def __init__(self, machine: 'Machine') -> None:
         self._machine = machine
 
-    def build(self, state: tuple) -> np.ndarray:
+    def build(self, state: tuple) -> 'np.ndarray':
         """The array of a ``numpy.ndarray``'s pickled state."""
         _, shape, dtype, fortran, data = state
         return self._machine.array(data, dtype, shape, 'F' if fortran else 'C')
@@ -154,7 +160,9 @@ STORAGES = {
     'ComplexDouble': torch.complex128,
     'Untyped': None,
 }
-ATOMS = (str, bytes, int, float, complex, bool, type(None), np.generic, torch.dtype, torch.device)
+ATOMS: tuple[type, ...] = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device)
+ATOMS += () if np is None else (np.generic,)
+ARRAYS: tuple[type, ...] = () if np is None else (np.ndarray,)
 PUSH = {
     *('INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT', 'BINFLOAT'),
     *('STRING', 'BINSTRING', 'SHORT_BINSTRING', 'UNICODE', 'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8'),
@@ -375,7 +383,7 @@ class Machine:
             known |= {f'{module}.{name}Storage': StorageType(dtype) for name, dtype in STORAGES.items()}
         return known
 
-    def array(self, data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
+    def array(self, data: Any, dtype: Any, shape: Any, order: str) -> 'np.ndarray':
         """An array of the numbers in ``data``; the signature is numpy's ``_frombuffer``."""
         if isinstance(data, str):  # bytes of Python 2
             data = data.encode('latin1')

@@ -4,6 +4,7 @@ from typing import Any
 
 from mmengine.dist import get_rank
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import nn
 from torch.utils.data import DataLoader
 
 from swin_mm.engine.dataloading import resumable
@@ -57,6 +58,30 @@ class ResumableIterLoop(IterBasedTrainLoop):
         super().__init__(runner, _build(runner, dataloader, endless=True), max_iters, **options)
         if hasattr(self.dataloader.batch_sampler, 'start_at'):
             self.dataloader_iterator = _Batches(self.dataloader)
+
+    def run(self) -> nn.Module:
+        """Train, as mmengine's loop does, except that a resumed run skips batches without loading them.
+
+        mmengine 0.10.7, the last original one, loads and drops every batch that was trained on.
+        """
+        self.runner.call_hook('before_train')
+        self.runner.call_hook('before_train_epoch')  # the whole run is one epoch
+        if self._iter > 0:
+            self.runner.logger.info(f'skipping {self._iter} batches, which were trained on')
+            skip = getattr(self.dataloader_iterator, 'skip_iter', None)
+            if skip is not None:
+                skip(self._iter)
+            else:
+                for _ in range(self._iter):
+                    next(self.dataloader_iterator)
+        while self._iter < self._max_iters and not self.stop_training:
+            self.runner.model.train()
+            self.run_iter(next(self.dataloader_iterator))
+            if self.validation_is_due():
+                self.runner.val_loop.run()
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model
 
     def validation_is_due(self) -> bool:
         """Whether a validation follows the last iteration."""

@@ -14,9 +14,6 @@ from swin_mm.ops.attention import get_kernel
 from swin_mm.ops.position_bias import position_bias
 from swin_mm.ops.windows import Size, log_spaced_offsets, padded_size
 
-# Attributes of nn.Module that change the effect of calling it.
-HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether calling a layer is ``F.linear(x, layer.weight, layer.bias)`` and nothing else.
@@ -29,7 +26,14 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks, or a ``forward`` set on the instance."""
-    return 'forward' in vars(module) or any(getattr(module, name, None) for name in HOOKS)
+    # In this form, because torch.compile cannot trace `vars` (at least until torch 2.8) or a generator (torch 2.4).
+    return (
+        'forward' in module.__dict__
+        or len(module._forward_hooks) > 0
+        or len(module._forward_pre_hooks) > 0
+        or len(module._backward_hooks) > 0
+        or len(module._backward_pre_hooks) > 0
+    )
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -26,6 +26,7 @@ from torch.autograd import Function
 
 from swin_mm.ops.verification import LIMITS, verified
 from swin_mm.ops.windows import functorch_active
+from swin_mm.utils.compat import custom_op
 
 try:
     import triton
@@ -303,7 +304,7 @@ def _sizes(x: Tensor) -> tuple[int, int]:
     return x.shape[:-1].numel(), x.shape[1:-1].numel()
 
 
-@torch.library.custom_op('swin_mm::add_norm', mutates_args=())
+@custom_op('swin_mm::add_norm')
 def _add_norm_op(
     x: Tensor,
     branch: Tensor | None,
@@ -338,7 +339,7 @@ def _add_norm_fake(x, branch, keep, weight, bias, eps, dtype, save, nchw):
     return total, _empty(x, (len(x), x.shape[-1], *x.shape[1:-1]), dtype) if nchw else out, mean, rstd
 
 
-@torch.library.custom_op('swin_mm::add_norm_backward', mutates_args=())
+@custom_op('swin_mm::add_norm_backward')
 def _add_norm_backward_op(
     grad_total: Tensor | None,
     grad_out: Tensor,
@@ -382,7 +383,7 @@ def _add_norm_backward_fake(grad_total, grad_out, total, mean, rstd, keep, weigh
     return _empty(total, total.shape, x_dtype), grad_branch, _empty(total, (2, total.shape[-1]))
 
 
-@torch.library.custom_op('swin_mm::norm_add', mutates_args=())
+@custom_op('swin_mm::norm_add')
 def _norm_add_op(
     x: Tensor,
     branch: Tensor,
@@ -413,7 +414,7 @@ def _norm_add_fake(x, branch, keep, weight, bias, eps, total_dtype, dtype, save)
     return _allocate(x, total_dtype, dtype, save)
 
 
-@torch.library.custom_op('swin_mm::norm_add_backward', mutates_args=())
+@custom_op('swin_mm::norm_add_backward')
 def _norm_add_backward_op(
     grad_total: Tensor | None,
     grad_out: Tensor | None,
@@ -592,7 +593,7 @@ def norm_add(
     return total, total if copy is None else out
 
 
-@torch.library.custom_op('swin_mm::merge_norm', mutates_args=())
+@custom_op('swin_mm::merge_norm')
 def _merge_norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return _merge_norm_forward(x, weight, bias, eps, dtype)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from swin_mm.ops.windows import Size, functorch_active, relative_index
+from swin_mm.utils.compat import custom_op, is_exporting
 
 
 def position_bias(table: Tensor, window: Size, table_window: Size) -> Tensor:
@@ -26,7 +27,7 @@ def position_bias(table: Tensor, window: Size, table_window: Size) -> Tensor:
         (h, N, N), query by key.
     """
     eager = not torch.compiler.is_compiling()
-    if torch.compiler.is_exporting() or (eager and (torch.jit.is_tracing() or _is_transformed(table))):
+    if is_exporting() or (eager and (torch.jit.is_tracing() or _is_transformed(table))):
         index = relative_index(window, table_window, table.device)
         return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).contiguous()
     return _Gather.apply(table, window, table_window)
@@ -46,7 +47,7 @@ def table_gradient(grad: Tensor, window: Sequence[int], table_window: Sequence[i
     return image.view(h, -1).t().to(grad.dtype)
 
 
-@torch.library.custom_op('swin_mm::bias_table_gradient', mutates_args=())
+@custom_op('swin_mm::bias_table_gradient')
 def _table_gradient_op(grad: Tensor, window: Sequence[int], table_window: Sequence[int]) -> Tensor:
     return table_gradient(grad, window, table_window).contiguous()
 

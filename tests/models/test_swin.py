@@ -164,7 +164,8 @@ def test_state_dict_holds_parameters_only(pyramid):
 def test_exported_graph_takes_any_batch(pyramid):
     model = small(pyramid).eval()  # at a new size: nothing from tracing may remain in the caches
     batch = torch.export.Dim('batch', min=1, max=64)
-    exported = torch.export.export(model, (torch.rand(2, 3, 72, 104),), dynamic_shapes=({0: batch},)).module()
+    images = torch.rand(2, 3, 72, 104)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=False).module()
     with torch.no_grad():
         for n in (1, 2, 5):
             images = torch.rand(n, 3, 72, 104)

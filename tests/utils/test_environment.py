@@ -1,12 +1,17 @@
 import os
+import pickle
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.tool_fixtures import ROOT
+
+from swin_mm.utils import environment
 
 SITE = Path(torch.__file__).parents[1]
 
@@ -15,9 +20,10 @@ SITE = Path(torch.__file__).parents[1]
 def python_without(tmp_path):
     """Run Python as if some of the installed files had never been installed."""
 
-    def run(*missing, command):
+    def run(*missing, command, kept=('*',)):
         site = Path(tempfile.mkdtemp(dir=tmp_path))
         hidden = {path for pattern in missing for path in SITE.glob(pattern)}
+        hidden |= set(SITE.iterdir()) - {path for pattern in kept for path in SITE.glob(pattern)}
         # Link whole folders, except those in which something is hidden.
         for path in SITE.iterdir():
             if path in hidden or path.suffix == '.pth':
@@ -43,7 +49,7 @@ SEGMENTATION = ROOT / 'configs/upernet/upernet_swin-t-p4-w7_8xb2-160k_ade20k-512
 
 def state(output, row):
     """The last cell of a row in the doctor's tables."""
-    return next(line for line in output.splitlines() if f'│ {row} ' in line).split('│')[-2].strip()
+    return re.split('  +', next(line for line in output.splitlines() if line.startswith(f'{row}  ')))[-1]
 
 
 def test_doctor_with_required_dependencies_only(python_without):
@@ -76,3 +82,85 @@ def test_mmcv_without_compiled_ops(python_without):
     done = python_without('mmcv/_ext*', command=(TRAIN, DETECTION))
     assert done.returncode == 2 and 'Traceback' not in done.stderr
     assert 'compiled ops of mmcv are not there' in done.stderr and 'MMCV_WITH_OPS=1 pip install' in done.stderr
+
+
+# What `pip install swin_mm` brings: torch, safetensors, and what torch requires, which numpy is not.
+CORE = (
+    *('torch', 'torch-*', 'torch.libs', 'torchgen', 'functorch', 'triton', 'nvidia*', 'cuda*', 'safetensors*'),
+    *('typing_extensions*', 'filelock*', 'sympy*', 'mpmath*', 'networkx*', 'jinja2*', 'markupsafe*', 'fsspec*'),
+)
+PLAIN = """
+import pickle
+import torch
+import swin_mm
+from swin_mm.checkpoints import CheckpointError, adapt, read_checkpoint, unwrap, write_checkpoint
+
+options = dict(embed_dims=16, depths=(1,), num_heads=(1,), strides=(4,), out_indices=(0,))
+trained, model = swin_mm.SwinPyramid(**options).eval(), swin_mm.SwinPyramid(**options).eval()
+image = torch.rand(1, 3, 40, 48)
+torch.save({'state_dict': trained.state_dict()}, 'trained.pth')
+write_checkpoint(trained.state_dict(), 'trained.safetensors')
+for file in ('trained.pth', 'trained.safetensors'):
+    model.load_state_dict({name: value.new_zeros(()).expand_as(value) for name, value in model.state_dict().items()})
+    weights, _ = adapt(unwrap(read_checkpoint(file)), model)
+    model.load_state_dict(weights)
+    assert torch.equal(model(image)[0], trained(image)[0])
+torch.testing.assert_close(swin_mm.optimize_for_inference(model)(image)[0], trained(image)[0])
+swin_mm.SwinPyramidV2(**options)(image)[0].sum().backward()
+try:
+    read_checkpoint(ARRAYS)
+except CheckpointError as error:
+    print(error)
+try:
+    import numpy, mmengine
+except ModuleNotFoundError as error:
+    print(error)
+assert not hasattr(swin_mm, 'nonsense')
+from swin_mm import SwinTransformer
+"""
+
+
+def test_torch_and_safetensors_are_enough_for_the_plain_models(python_without, tmp_path):
+    arrays = tmp_path / 'arrays.pkl'
+    arrays.write_bytes(pickle.dumps({'w': np.zeros(2, np.float32)}))
+    done = python_without(command=('-c', f'ARRAYS = {str(arrays)!r}' + PLAIN), kept=CORE)
+    assert done.stdout.splitlines()[0].endswith('which is not installed; install it with: pip install numpy'), done
+    assert done.stdout.splitlines()[1] == "No module named 'numpy'"
+    assert done.stderr.splitlines()[-1].startswith(
+        'swin_mm.utils.errors.DependencyError: swin_mm.SwinTransformer needs mmengine, which is not installed; '
+        "install the extra det, seg or all: pip install 'swin_mm[det]'"
+    )
+    done = python_without(command=DOCTOR, kept=CORE)
+    assert done.returncode == 0, done.stderr
+    assert state(done.stdout, 'the plain models') == 'works' and 'mmengine' in state(done.stdout, 'the backbones')
+    assert state(done.stdout, 'OpenMMLab').startswith('not installed')
+
+
+@pytest.mark.parametrize('installed', ['onedl', 'original', 'mixed'])
+def test_doctor_names_the_line_of_openmmlab(installed, tmp_path, monkeypatch):
+    """The lines have the same import names: only the metadata of distributions tells them apart."""
+    names = {
+        'onedl': ('onedl_mmengine', 'onedl-mmcv'),
+        'original': ('mmengine', 'mmcv'),
+        'mixed': ('mmengine', 'onedl-mmcv'),
+    }
+    for name, module in zip(names[installed], ('mmengine', 'mmcv'), strict=True):
+        info = tmp_path / f'{name}-1.0.dist-info'
+        info.mkdir()
+        (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
+        (info / 'top_level.txt').write_text(module)
+    monkeypatch.setattr(sys, 'path', [str(tmp_path)])
+    environment.distributions_by_module.cache_clear()
+    try:
+        assert environment.openmmlab_line() == installed
+        command = environment.install_command('mmdet')
+    finally:
+        environment.distributions_by_module.cache_clear()
+    assert command == ('pip install mmdet==3.3.0' if installed == 'original' else 'pip install onedl-mmdetection')
+
+
+@pytest.mark.parametrize('line, missing', [('onedl', False), ('original', True)])
+def test_original_mmengine_needs_pkg_resources(line, missing, monkeypatch):
+    monkeypatch.setattr(environment, 'openmmlab_line', lambda: line)
+    monkeypatch.setattr(environment, 'is_installed', lambda module: module != 'pkg_resources')
+    assert ("pip install 'setuptools<82'" in environment.find_problem('mmengine')) == missing

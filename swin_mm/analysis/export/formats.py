@@ -80,7 +80,7 @@ def to_graph(exportable: Exportable, image: Tensor, sides: Sides | None) -> Expo
     if sides is not None:
         dims |= {2: sides.dim('height'), 3: sides.dim('width')}
     with without_special_sizes():
-        program = torch.export.export(exportable, (image,), dynamic_shapes=(dims,))
+        program = torch.export.export(exportable, (image,), dynamic_shapes=(dims,), strict=False)
     graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
     for node in chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop('stack_trace', None)

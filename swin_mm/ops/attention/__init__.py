@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from swin_mm.ops.attention import cpu, reference, sdpa, self_check, triton
 from swin_mm.ops.windows import Size, functorch_active
+from swin_mm.utils.compat import is_exporting
 
 _FUSED = {'sdpa': sdpa, 'cpu': cpu, 'triton': triton}
 PREFERRED = {'cpu': 'cpu', 'cuda': 'triton'}  # the fastest kernel on each device; sdpa on others
@@ -34,7 +35,7 @@ def auto(
     because they must run without this package.
     """
     name = PREFERRED.get(qkv.device.type, 'sdpa')
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if is_exporting() or torch.jit.is_tracing():
         name = 'sdpa'
     elif not torch.compiler.is_compiling() and (qkv.dtype == torch.float64 or _is_transformed(qkv)):
         return reference.attention(qkv, pad, bias, window, shift, scale, dropout)

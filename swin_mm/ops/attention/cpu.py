@@ -16,6 +16,7 @@ from torch import Tensor
 
 from swin_mm.ops.attention.derivatives import no_second_derivative, register_flops
 from swin_mm.ops.windows import MASKED, Size
+from swin_mm.utils.compat import custom_op
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -60,7 +61,7 @@ def _sizes(qkv: Tensor, heads: int, window: Sequence[int], shift: Sequence[int])
     return [*qkv.shape[:3], qkv.shape[3] // 3, heads, *window, *shift]
 
 
-@torch.library.custom_op('swin_mm::window_attention_cpu', mutates_args=(), device_types='cpu')
+@custom_op('swin_mm::window_attention_cpu', device_types='cpu')
 def _op(
     qkv: Tensor,
     pad: Tensor,
@@ -81,7 +82,7 @@ def _allocate(qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
-@torch.library.custom_op('swin_mm::window_attention_cpu_backward', mutates_args=(), device_types='cpu')
+@custom_op('swin_mm::window_attention_cpu_backward', device_types='cpu')
 def _backward_op(
     grad: Tensor,
     qkv: Tensor,

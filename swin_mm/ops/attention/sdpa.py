@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swin_mm.ops.attention.reference import scores, split_heads, without_autocast
 from swin_mm.ops.windows import Size, gather_windows, region_mask, scatter_windows, window_indices
+from swin_mm.utils.compat import custom_op, is_exporting
 
 EPS = 1e-12  # that of torch.nn.functional.normalize
 
@@ -20,7 +21,7 @@ def attention(
     qkv: Tensor, pad: Tensor, bias: Tensor, window: Size, shift: Size, scale: float | Tensor, dropout: float = 0.0
 ) -> Tensor:
     """See :func:`swin_mm.ops.attention.reference.attention`."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not dropout:
+    if torch.compiler.is_compiling() and not is_exporting() and not dropout:
         factor, factors = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         return _op(qkv, pad, bias, window, shift, factor, factors)
     size = (qkv.shape[1], qkv.shape[2])
@@ -29,13 +30,13 @@ def attention(
     q, k, v, factor = split_heads(windows, bias.shape[0], scale)
     if mask is None:
         added = _align_rows(bias.to(q.dtype))[None]  # broadcast, never expanded
-        if torch.compiler.is_exporting():
+        if is_exporting():
             added = added.expand(q.shape[0], -1, -1, -1)  # otherwise exporters assume more than one window
     else:
         added = (bias + mask[:, None]).to(q.dtype).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
     out = F.scaled_dot_product_attention(q, k, v, added, dropout, scale=factor)
     out = out.transpose(1, 2)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         out = out.clone(memory_format=torch.contiguous_format)  # the decomposed operator returns other strides
     return scatter_windows(out.flatten(2), size, window, shift)
 
@@ -54,7 +55,7 @@ def _align_rows(bias: Tensor) -> Tensor:
 # symbolic sizes of windows and padding are nested from stage to stage.
 
 
-@torch.library.custom_op('swin_mm::sdpa_attention', mutates_args=())
+@custom_op('swin_mm::sdpa_attention')
 def _op(
     qkv: Tensor,
     pad: Tensor,
@@ -74,7 +75,7 @@ def _(qkv: Tensor, pad: Tensor, bias: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 
-@torch.library.custom_op('swin_mm::sdpa_attention_backward', mutates_args=())
+@custom_op('swin_mm::sdpa_attention_backward')
 def _backward_op(
     grad: Tensor,
     qkv: Tensor,

@@ -27,6 +27,7 @@ from torch.autograd import Function
 
 from swin_mm.ops.attention.derivatives import no_second_derivative, register_flops
 from swin_mm.ops.windows import MASKED, Size, functorch_active
+from swin_mm.utils.compat import custom_op
 
 try:
     import triton
@@ -580,7 +581,7 @@ def backward(
 # more of the host's time than the plain autograd function below, which eager code uses.
 
 
-@torch.library.custom_op('swin_mm::window_attention', mutates_args=())
+@custom_op('swin_mm::window_attention')
 def _op(
     qkv: Tensor,
     pad: Tensor,
@@ -597,7 +598,7 @@ def _op(
 _op.register_fake(_allocate)
 
 
-@torch.library.custom_op('swin_mm::window_attention_backward', mutates_args=())
+@custom_op('swin_mm::window_attention_backward')
 def _backward_op(
     grad: Tensor, qkv: Tensor, pad: Tensor, bias: Tensor, scales: Tensor | None, out: Tensor, lse: Tensor,
     factor: float, window: list[int], shift: list[int],
