@@ -53,6 +53,15 @@ def parser(description: str, runner: bool = True, **kwargs: Any) -> ArgumentPars
     return result
 
 
+def add_runtime(parser: ArgumentParser) -> None:
+    """Add the argument that chooses the runtime of an exported file."""
+    parser.add_argument(
+        '--runtime',
+        choices=('onnxruntime', 'openvino'),
+        help='what runs an exported file (default: onnxruntime for .onnx, openvino for .xml)',
+    )
+
+
 def run(main: Callable[[Namespace], None], args: Namespace) -> int:
     """Call ``main`` and turn errors about the input into one line and an exit code.
 

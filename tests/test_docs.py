@@ -53,6 +53,9 @@ NOT_RUN = {
     r'mim ': 'needs openmim; see .ci/check_packages.py',
     r'docker ': 'cannot run here; tests/test_packaging.py compares its commands with the documented ones',
     r'python tools/demo\.py ': 'takes minutes; see tests/tools/test_demo.py',
+    r'python tools/(quantize|fp16_nodes)\.py ': 'takes minutes; see tests/analysis/test_quantization.py',
+    r'python tools/(predict|test)\.py .*\.(onnx|xml)\b': 'needs an exported file; see tests/analysis/test_runtime.py',
+    r'python -m benchmarks.exported\b': 'takes minutes',
     r'python tools/export\.py ': 'takes up to a minute; see tests/tools/test_export.py. Its arguments are parsed below',
     r'python -m benchmarks\.': 'takes half a minute, and decides how Triton is imported; see tests/benchmarks',
 }

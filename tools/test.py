@@ -1,11 +1,13 @@
-"""Test a detector or a segmentor: python tools/test.py CONFIG CHECKPOINT."""
+"""Test a detector or a segmentor: python tools/test.py CONFIG CHECKPOINT, or CONFIG and an exported file."""
 
 import sys
 from argparse import Namespace
 
 from swin_mm import cli
+from swin_mm.analysis.runtime import is_exported, use_exported
 from swin_mm.engine import testing
 from swin_mm.engine.inference import DTYPES
+from swin_mm.utils.errors import InputError
 
 EXAMPLES = """
 examples:
@@ -16,6 +18,8 @@ examples:
     python tools/test.py CONFIG CHECKPOINT --out masks
   large images by overlapping tiles, merged before they are compared with the ground truth:
     python tools/test.py CONFIG CHECKPOINT --tile 1024 --overlap 0.2
+  a file that tools/export.py wrote, with its own weights and preprocessing:
+    python tools/test.py CONFIG model.onnx --runtime openvino
   8 GPUs: tools/dist_test.sh CONFIG CHECKPOINT 8
 """
 
@@ -23,7 +27,9 @@ examples:
 def parse_args() -> Namespace:
     """Read the command line."""
     parser = cli.parser('Test a detector or a segmentor', epilog=EXAMPLES)
-    parser.add_argument('checkpoint', help='checkpoint file or address; it must give the whole model of the config')
+    parser.add_argument(
+        'checkpoint', help='checkpoint file or address; it must give the whole model of the config. Or an exported file'
+    )
     parser.add_argument(
         '--out', help='save predictions: of a detector to a .pkl file, of a segmentor as PNGs to a folder'
     )
@@ -36,18 +42,27 @@ def parse_args() -> Namespace:
     parser.add_argument(
         '--overlap', type=float, default=0.2, metavar='SHARE', help='of a tile with the next (default: 0.2)'
     )
+    cli.add_runtime(parser)
     return parser.parse_args()
 
 
 def main(args: Namespace) -> None:
     """Test."""
+    cfg, checkpoint, dtype = cli.read_config(args), args.checkpoint, args.dtype
+    if is_exported(checkpoint):
+        if args.tta:
+            raise InputError(f'--tta: {checkpoint} is an exported file; test-time augmentation needs the checkpoint')
+        use_exported(cfg, checkpoint, args.runtime, dtype)
+        checkpoint, dtype = None, 'fp32'
+    elif args.runtime:
+        raise InputError(f'--runtime {args.runtime}: {checkpoint} is no exported file')
     testing.test(
-        cli.read_config(args),
-        args.checkpoint,
+        cfg,
+        checkpoint,
         out=args.out,
         show_dir=args.show_dir,
         tta=args.tta,
-        dtype=args.dtype,
+        dtype=dtype,
         allow_pickle=args.allow_pickle,
         tile=args.tile,
         overlap=args.overlap,

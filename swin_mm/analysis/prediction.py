@@ -57,7 +57,8 @@ class Predictor:
 
     Args:
         cfg: the config; it is changed.
-        checkpoint: file or address.
+        checkpoint: file or address; None if the config's model is an exported file, see
+            :func:`swin_mm.analysis.runtime.use_exported`.
         device: a torch device, such as 'cuda:0'.
         dtype: see :func:`swin_mm.engine.inference.set_autocast`.
         tta: test-time augmentation.
@@ -73,7 +74,7 @@ class Predictor:
     def __init__(
         self,
         cfg: Config,
-        checkpoint: str,
+        checkpoint: str | None,
         device: str,
         dtype: str = 'fp32',
         tta: bool = False,
@@ -90,7 +91,7 @@ class Predictor:
         if tile is not None:
             require_tile(tile, overlap)
         self.score_thr, self.tile, self.overlap = score_thr, tile, overlap
-        content = read_for_mmengine(checkpoint)
+        content: dict[str, Any] = read_for_mmengine(checkpoint) if checkpoint else {}
         init_default_scope(cfg.default_scope)
         with config_errors(cfg):
             self.read = image_reader(cfg, windows_above=tile)
@@ -107,9 +108,11 @@ class Predictor:
             warnings.simplefilter('ignore')  # they warn that there are no weights, which come next
             metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
             self.inferencer = Inferencer(cfg, None, device=device, show_progress=False)
-        load_complete(self.inferencer.model, content['state_dict'], checkpoint)
+        if checkpoint:
+            load_complete(self.inferencer.model, content['state_dict'], checkpoint)
         self.inferencer.model = prepare_for_inference(self.inferencer.model, dtype)
-        meta = content.get('meta') or {}
+        # An exported file has names and colours of its own.
+        meta = content.get('meta') or getattr(self.inferencer.model, 'file_meta', {})
         self.classes, self.palette = classes_and_palette(metainfo, meta.get('dataset_meta') or meta)
 
     def predict(self, views: Iterable[View], batch_size: int = 1) -> Iterator[tuple[View, BaseDataElement]]:

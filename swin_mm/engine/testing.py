@@ -33,7 +33,7 @@ LARGEST_PICTURE = 2048  # pixels a side, of the drawings of tiled images
 
 def test(
     cfg: Config,
-    checkpoint: str,
+    checkpoint: str | None,
     *,
     out: str | None = None,
     show_dir: str | None = None,
@@ -47,7 +47,7 @@ def test(
 
     Args:
         cfg: the config; it is changed.
-        checkpoint: file or address; it must give the whole model.
+        checkpoint: file or address; it must give the whole model. None if the config's model has its weights already.
         out: where to save predictions: a ``.pkl`` file for a detector, a folder of PNGs for a segmentor.
         show_dir: folder for pictures of predictions beside the ground truth.
         tta: test-time augmentation.
@@ -70,7 +70,8 @@ def test(
     if not allow_pickle:
         require_no_pickles(cfg, 'test', 'model')
     require_data(cfg, 'test')
-    read_checkpoint(checkpoint)
+    if checkpoint is not None:
+        read_checkpoint(checkpoint)
     if show_dir:
         draw_predictions(cfg, show_dir, tile)
     if tta:
