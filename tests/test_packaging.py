@@ -95,7 +95,7 @@ def test_plain_install_brings_nothing_of_openmmlab(metadata):
     for line in metadata.get_all('Requires-Dist'):
         extra = re.search(r"extra == ['\"](\w+)['\"]", line)
         by_extra[extra[1] if extra else ''].add(re.match(r'[\w-]+', line)[0])
-    assert by_extra.keys() == {'', 'det', 'seg', 'all', 'hub', 'large', 'onnx', 'openvino', 'docs', 'dev'}
+    assert by_extra.keys() == {'', 'det', 'seg', 'all', 'hub', 'large', 'onnx', 'openvino', 'deploy', 'docs', 'dev'}
     assert by_extra[''] == {'torch', 'safetensors'}
     common = {'onedl-mmengine', 'onedl-mmcv'}
     assert by_extra['det'] == common | {'onedl-mmdetection'} and by_extra['seg'] == common | {'onedl-mmsegmentation'}
