@@ -128,7 +128,7 @@ def works() -> bool:
 def install(log: Path, command: list[str], settings: dict[str, str]) -> int:
     """Run pip; print a line of progress now and then and write the full output to ``log``."""
     jobs = os.environ.get('MAX_JOBS') or str(os.cpu_count())
-    print(f'  {jobs} jobs, about 25 CPU minutes, once; full log in {log}', flush=True)
+    print(f'  {jobs} jobs, about 5 CPU minutes, once; full log in {log}', flush=True)
     begin = shown = time.monotonic()
     environment = os.environ | {'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs} | settings
     environment.setdefault('CXX', str(Path(__file__).with_name('mmcv-g++')))
