@@ -142,8 +142,8 @@ def try_mim(python: Path, cwd: Path) -> None:
     run(python, '-m', 'pip', 'install', '-q', *CONSTRAINTS, *needs, cwd=cwd)
     run(python, '-m', 'pip', 'install', '-q', '--no-deps', 'openmim', cwd=cwd)
     mim = cwd / 'bin/mim'
-    found = run(mim, 'search', 'swin_mm', '--model', 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco', cwd=cwd, show=20)
-    assert 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco' in found
+    found = run(mim, 'search', 'swin_mm', '--config', 'mask-rcnn_swin-t-p4-w7_fpn_1x_coco', cwd=cwd, show=20)
+    assert 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py' in found
     options = ['--gpus', '0', '--work-dir', 'mim_run', *SMALL, 'train_cfg.max_epochs=1', 'train_cfg.val_interval=1']
     run(mim, 'train', 'swin_mm', 'mask-rcnn_swin-nano_fpn_nuclei.py', *options, cwd=cwd)
     run(mim, 'test', 'swin_mm', 'detector.py', '--checkpoint', 'mim_run/epoch_1.pth', '--gpus', '0', *SMALL, cwd=cwd)

@@ -90,7 +90,7 @@ def programs() -> dict[str, list[str]]:
     return {name: command for name, *command in commands}
 
 
-QUICK = [f'{library}_{name}' for library in CONFIGS for name in ('train', 'test', 'functions')]
+QUICK = [f'{library}_{name}' for library in CONFIGS for name in ('train', 'functions')]
 SLOW = [name for name in programs() if name not in QUICK]
 # What each program prints or writes if it has done its work with our model.
 PRINTED = {
@@ -144,7 +144,7 @@ def slow(quick) -> tuple[Path, dict[str, int]]:
 
 
 @pytest.mark.parametrize('name', QUICK)
-def test_training_testing_and_functions_of_openmmlab_take_our_configs(name, quick):
+def test_training_and_functions_of_openmmlab_take_our_configs(name, quick):
     check(name, *quick)
 
 
