@@ -9,7 +9,8 @@ from support.tool_fixtures import ROOT
 pytest.importorskip('triton')
 
 COUNT = """
-from benchmarks.kernel_resources import count_instructions
+import sys
+from benchmarks.kernel_resources import count_instructions, main
 assembly = '''
 .text._forward:
         /*0000*/                   MOV R1, c[0x0][0x28] ;
@@ -25,21 +26,14 @@ assembly = '''
         /*0070*/                   NOP;
 '''
 assert count_instructions(assembly) == (4, 7, 1), count_instructions(assembly)
+sys.argv[1:] = ['--sm', '90', '--windows', '7,16', '--cosine', '']
+main()
 """
 
 
-def run(*command):
+def test_kernels_compile_for_gpus_and_their_instructions_are_counted():
     # In a process of its own, as Triton decides between compiler and interpreter when it is imported.
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_instructions_loops_and_spills_are_counted():
-    done = run('-c', COUNT)
-    assert done.returncode == 0, done.stderr
-
-
-def test_kernels_compile_for_gpus():
-    done = run('-m', 'benchmarks.kernel_resources', '--sm', '90', '--windows', '7,16', '--cosine', '')
+    done = subprocess.run([sys.executable, '-c', COUNT], cwd=ROOT, capture_output=True, text=True)
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines()[2:]]
     single, tiled = ['backward'], ['backward q', 'backward kv', 'backward bias']
     forward = ['forward', 'forward, training']
