@@ -67,8 +67,8 @@ def prepare(task: str, folder: Path, quick: bool) -> None:
     model, data = stock_model(task, quick)
     checkpoint, file = folder / f'{task}.pth', folder / f'{task}.onnx'
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, checkpoint)
-    cfg = load_config(ROOT / 'configs' / CONFIGS[task][quick])
-    export(cfg, str(checkpoint), 'onnx', file, force=True)
+    if not file.exists():
+        export(load_config(ROOT / 'configs' / CONFIGS[task][quick]), str(checkpoint), 'onnx', file)
     metadata = read_metadata(file)
     images = [ExportedModel(str(file)).data_preprocessor(data)['inputs'].numpy()]
     int8 = calibrate(openvino.Core().read_model(file), images, metadata.input.name, file)

@@ -7,10 +7,13 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as run_lengths
 from support.exported import MEAN, STD, Detector, Segmentor, metadata, write
+from support.tool_fixtures import make_tiny
+from torch import nn
 
 from swin_mm import cli
 from swin_mm.analysis.runtime import (
@@ -21,6 +24,7 @@ from swin_mm.analysis.runtime import (
     sample_images,
     use_exported,
 )
+from swin_mm.engine import testing
 from swin_mm.utils.errors import InputError
 
 pytest.importorskip('onnxruntime')
@@ -117,7 +121,6 @@ def test_low_scores_are_left_out(files, predict):
 
 def test_masks_of_the_images_size():
     """Padding is cut off, and what is left resized to the original image."""
-    import torch
     from mmdet.structures import DetDataSample
 
     masks = np.zeros((1, 1, 64, 96), np.float32)
@@ -136,6 +139,33 @@ def test_masks_of_the_images_size():
     expected[32:64, 32:80] = True
     assert (found.pred_instances.masks[0].numpy() == expected).all()
     np.testing.assert_allclose(found.pred_instances.bboxes, [[32, 32, 80, 64]])
+
+
+def test_metrics(runtime, data, tmp_path):
+    """mIoU by tools/test.py, and by hand."""
+    pytest.importorskip('mmseg')
+    cfg = Config.fromfile(make_tiny('segmentation', data, tmp_path).config)
+
+    class Dark(nn.Module):  # bars are 160, squares 255; wrong to the left
+        def forward(self, image):
+            red = image[:, 0] * STD[0] + MEAN[0] - 200
+            red = torch.where(torch.arange(image.shape[3]) < 48, -red, red)
+            return torch.stack([red, -red], 1)
+
+    file = write(Dark(), tmp_path / 'dark.onnx', metadata('semantic', ['logits']))
+    cfg.work_dir = str(tmp_path / 'work')
+    use_exported(cfg, file, runtime)
+    found = testing.test(cfg, None)
+    shared, either = np.zeros(2), np.zeros(2)
+    for path in (data / 'ade/images/validation').iterdir():
+        labels = np.asarray(Image.open(data / f'ade/annotations/validation/{path.stem}.png'))
+        dark = np.asarray(Image.open(path))[..., 0] < 200
+        dark[:, :48] ^= True
+        for i, (truth, predicted) in enumerate(((labels == 1, ~dark), (labels == 2, dark))):
+            shared[i] += (truth & predicted).sum()
+            either[i] += ((truth | predicted) & (labels > 0)).sum()
+    assert 10 < found['mIoU'] < 90
+    assert found['mIoU'] == pytest.approx(100 * (shared / either).mean(), abs=1.0)  # JPEG decoders differ
 
 
 def test_images_to_calibrate_on_are_prepared_as_in_a_test(tiny, data):
