@@ -1,14 +1,17 @@
 """``attention='auto'`` uses the Triton kernel only where it has been found to be right, and says why it does not."""
 
+import copy
 import logging
 import subprocess
 import sys
 
 import pytest
 import torch
+from support.oracles import randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from swin_mm.models.swin import SwinPyramid, SwinPyramidV2
 from swin_mm.ops import attention as kernels
 from swin_mm.ops.attention import get_kernel, reference, sdpa, self_check
 from swin_mm.ops.attention import triton as kernel
@@ -237,6 +240,27 @@ def test_the_check_leaves_no_trace(auto):
         assert torch.equal(auto(*args), out)
     assert torch.equal(torch.get_rng_state(), state)
     assert first == counter.get_total_flops() > 0
+
+
+@pytest.mark.parametrize('pyramid', [SwinPyramid, SwinPyramidV2])
+def test_whole_models_use_the_checked_kernel_under_autocast(auto, monkeypatch, pyramid):
+    """As in training with mixed precision: map in lower precision, parameters in float32."""
+    options = dict(embed_dims=16, depths=(2,), num_heads=(1,), strides=(4,), window_size=3, out_indices=(0,))
+    model = randomise(pyramid(**options, drop_path_rate=0.0)).to(DEVICE)
+    exact = copy.deepcopy(model).double()
+    image = torch.rand(1, 3, 20, 28, device=DEVICE)
+    launched, launch = set(), kernel.launch
+    monkeypatch.setattr(kernel, 'launch', lambda f, *rest: launched.add(f.__name__) or launch(f, *rest))
+    runs = []
+    for twin, dtype in ((model, torch.float16), (model, torch.float16), (exact, None)):
+        with torch.autocast(DEVICE.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            (out,) = twin(image.to(next(twin.parameters()).dtype))
+        names, parameters = zip(*twin.named_parameters(), strict=True)
+        runs.append([out, *torch.autograd.grad(out.double().square().sum(), parameters)])
+    assert launched == {'_forward', '_backward'}
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    for name, actual, expected in zip(('out', *names), runs[0], runs[2], strict=True):
+        assert (actual.double() - expected).abs().max() <= 2e-2 * expected.abs().max(), name
 
 
 OLD = """
