@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_mm.models.residual import add_norm, merge_norm, norm_dtype, on_gpu
+from swin_mm.models.residual import add_norm, norm_dtype, on_gpu
 from swin_mm.models.swin import (
     Chained,
     Mlp,
     PatchEmbed,
-    PatchMerging,
     SwinBlock,
     SwinBlockV2,
     SwinPyramid,
@@ -307,22 +306,6 @@ class FrozenPatchEmbed(nn.Module):
         return add_norm(x, None, self.embed.norm, dtype=norm_dtype(x))[1]
 
 
-class FrozenMerging(nn.Module):
-    """The patch merging of V1; on GPUs, one kernel gathers the neighbours and normalises them.
-
-    Args:
-        merging: a patch merging.
-    """
-
-    def __init__(self, merging: PatchMerging) -> None:
-        super().__init__()
-        self.merging = merging
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`swin_mm.models.swin.PatchMerging.forward`."""
-        return self.merging.reduction(merge_norm(x, self.merging))
-
-
 class FrozenMlp(nn.Module):
     """An MLP with packed weights and GELU fused into the first linear layer.
 
@@ -348,7 +331,11 @@ class FrozenStage(SwinStage):
     """
 
     def __init__(self, stage: SwinStage) -> None:
-        downsample = None if stage.downsample is None else _freeze_merging(cast(PatchMerging, stage.downsample))
+        downsample: Any = stage.downsample
+        if downsample is not None:
+            downsample.fused_norm = True
+            if is_plain_linear(downsample.reduction):
+                downsample.reduction = PackedLinear.of(downsample.reduction)
         super().__init__([*map(_freeze_block, stage.blocks)], downsample, with_cp=False)
 
     def chain(self, x: Tensor) -> Chained:
@@ -419,13 +406,6 @@ def _freeze_patch_embed(embed: PatchEmbed) -> nn.Module:
     usual = type(embed) is PatchEmbed and type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == embed.patch
     usual = usual and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
     return FrozenPatchEmbed(embed) if usual else embed
-
-
-def _freeze_merging(merging: PatchMerging) -> nn.Module:
-    """Optimise a patch merging, as far as its parts are known."""
-    if is_plain_linear(merging.reduction):
-        merging.reduction = PackedLinear.of(merging.reduction)  # type: ignore[assignment]
-    return FrozenMerging(merging) if type(merging) is PatchMerging else merging
 
 
 def _freeze_block(block: nn.Module) -> nn.Module:

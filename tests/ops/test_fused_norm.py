@@ -119,16 +119,19 @@ def test_results_that_nobody_uses(post, unused):
 
 @pytest.mark.parametrize('size', [(4, 6), (5, 6), (3, 7)])
 @pytest.mark.parametrize('types', [TYPES[0], TYPES[2], TYPES[4]], ids=['fp32', 'bf16', 'AMP bf16'])
-def test_merge_norm_equals_the_definition(types, size):
+def test_merge_norm_equals_the_definition(types, size, monkeypatch):
     C = 24
-    x, weight, bias = random(2, *size, C, seed=0, dtype=types[0]), random(4 * C, seed=1), random(4 * C, seed=2)
+    tensors = random(2, *size, C, seed=0, dtype=types[0]), random(4 * C, seed=1), random(4 * C, seed=2)
+    x, weight, bias = twins = [exact(t) for t in tensors]
+    padded = F.pad(x, (0, 0, 0, size[1] % 2, 0, size[0] % 2))
+    stacked = [padded[:, 0::2, 0::2], padded[:, 1::2, 0::2], padded[:, 0::2, 1::2], padded[:, 1::2, 1::2]]
+    norm = F.layer_norm(torch.cat(stacked, -1), (4 * C,), weight, bias, EPS)
+    monkeypatch.setattr(fused_norm, 'PROGRAMS', 2)
+    monkeypatch.setattr(fused_norm, 'TILE', 64)  # several rounds
+    actual = fused_norm.merge_norm(*tensors, EPS, types[2])
+    assert_close(with_gradients([actual], tensors), with_gradients([norm], twins), LIMITS[types[2]])
     with torch.no_grad():
-        actual = fused_norm.merge_norm(x, weight, bias, EPS, types[2])
-    padded = F.pad(x.double(), (0, 0, 0, size[1] % 2, 0, size[0] % 2))
-    stacked = torch.cat(
-        [padded[:, 0::2, 0::2], padded[:, 1::2, 0::2], padded[:, 0::2, 1::2], padded[:, 1::2, 1::2]], -1
-    )
-    assert_close([actual], [F.layer_norm(stacked, (4 * C,), weight.double(), bias.double(), EPS)], LIMITS[types[2]])
+        assert torch.equal(fused_norm.merge_norm(*tensors, EPS, types[2]), actual)
 
 
 def test_several_rounds_and_non_contiguous_maps(monkeypatch):
@@ -184,7 +187,7 @@ def test_operators_pass_opcheck(name):
     args = {
         'add_norm': (x, branch, None, weight, bias, EPS, BF16, True, True),
         'norm_add': (x, branch, None, weight, bias, EPS, FP32, BF16, True),
-        'merge_norm': (x, weight.repeat(4), bias.repeat(4), EPS, BF16),
+        'merge_norm': (x, weight.repeat(4), bias.repeat(4), EPS, BF16, True),
     }
     torch.library.opcheck(getattr(torch.ops.swin_mm, name).default, args[name])
 
@@ -196,6 +199,9 @@ def test_backward_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.swin_mm.add_norm_backward.default, args, test_utils='test_faketensor')
     args = (x, branch, branch, *sums, None, weight, FP32)
     torch.library.opcheck(torch.ops.swin_mm.norm_add_backward.default, args, test_utils='test_faketensor')
+    merged, sums = x.new_ones(3, 3, 4, 96), (x.new_ones(36), x.new_ones(36))
+    args = (merged, x, *sums, weight.repeat(4))
+    torch.library.opcheck(torch.ops.swin_mm.merge_norm_backward.default, args, test_utils='test_faketensor')
 
 
 # Trust
@@ -288,7 +294,7 @@ for C in CHANNELS:
     for nchw in (False, True):
         sum(r.sum() for r in fused_norm.add_norm(x, b, w, w, 1e-5, BF16, torch.ones(2, dtype=BF16), nchw)).backward()
     sum(r.sum() for r in fused_norm.norm_add(x, b, w, w, 1e-5, torch.float32, BF16)).backward()
-    fused_norm.merge_norm(b.detach(), w.repeat(4), w.repeat(4), 1e-5, BF16)
+    fused_norm.merge_norm(b, w.repeat(4), w.repeat(4), 1e-5, BF16).sum().backward()
 types = {torch.bfloat16: '*bf16', torch.float32: '*fp32', float: 'fp32', int: 'i32'}
 for kernel, values, constants in launches:
     options = {'num_warps': constants.pop('num_warps')}
@@ -305,7 +311,7 @@ def show(name, constants, target, warps, binary):
     print(name, constants['C'], target, len(binary.asm['cubin']) > 0, binary.metadata.shared < 99 * 1024)
 """
 NORMS = ['_add_norm', '_add_norm_backward', '_add_norm nchw', '_add_norm_backward nchw']
-NAMES = [*NORMS, '_norm_add', '_norm_add_backward', '_merge_norm']
+NAMES = [*NORMS, '_norm_add', '_norm_add_backward', '_merge_norm', '_merge_norm_backward']
 
 
 @pytest.mark.parametrize(
