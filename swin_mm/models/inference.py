@@ -2,9 +2,10 @@
 
 :func:`optimize_for_inference` packs the weights of linear layers for oneDNN, computes position biases once, fuses GELU
 into the linear layer before it, and runs each block on tiles of rows whose intermediate results stay in the CPU's
-cache. All of this would silently give stale results after a weight changed, or bypass hooks and adapters that a user
-attached. It is therefore done only in this frozen copy, which has no parameters and cannot be trained, loaded or
-converted.
+cache. On GPUs it keeps weights in autocast's type, adds residual branches in the kernel of the norm that follows, and
+computes GELU in 16 bits by its tanh approximation, in the epilogue of the product. All of this would silently give
+stale results after a weight changed, or bypass hooks and adapters that a user attached. It is therefore done only in
+this frozen copy, which has no parameters and cannot be trained, loaded or converted.
 
 B batch, (H, W) map, C channels.
 """
@@ -46,7 +47,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     The copy is in evaluation mode. Up to rounding, it equals ``model.eval()`` under ``torch.no_grad()``.
     Its backbone has no parameters and no state dict: ``train()``, ``load_state_dict()``, ``state_dict()`` and
     conversions by ``.to()`` raise. To change weights, dtype or device, change the original model and call this function
-    again. On CPUs the gain is largest; on other devices it saves casts of weights and position biases.
+    again.
 
     Args:
         model: a :class:`swin_mm.models.swin.SwinPyramid`, or any module that contains one or more. It is not changed.

@@ -315,13 +315,18 @@ def _norm_add_backward(
 
 
 def _launch(
-    kernel, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, constants: dict[str, Any]
+    kernel,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple,
+    constants: dict[str, Any],
+    largest: int = 0,
 ) -> None:
     """Start a kernel; for tensors that are not there, its constants tell so."""
     if not programs:  # an empty batch
         return
     first = next(t for t in tensors if t is not None)
-    ROWS, COLUMNS = _tile_sides(constants['C'], constants.get('NCHW', False))
+    ROWS, COLUMNS = _tile_sides(constants['C'], largest)
     warps = 8 if ROWS * COLUMNS > TILE else 4
     arguments = (*(first if t is None else t for t in tensors), *numbers)
     launch(kernel, programs, arguments, {**constants, 'ROWS': ROWS, 'COLUMNS': COLUMNS, 'num_warps': warps})
@@ -333,15 +338,19 @@ def launch(kernel, programs: int, arguments: tuple, constants: dict[str, Any]) -
         kernel[(programs,)](*arguments, **constants)
 
 
-def _tile_sides(channels: int, nchw: bool = False) -> tuple[int, int]:
-    """Rows and columns of a tile; with channels before rows, more rows, to write whole sectors of memory."""
+def _tile_sides(channels: int, largest: int = 0) -> tuple[int, int]:
+    """Rows and columns of a tile.
+
+    Args:
+        channels: that a tile holds.
+        largest: elements that a tile may have in order to get 16 rows, which makes accesses across rows efficient.
+    """
     columns = triton.next_power_of_2(channels)
-    rows = max(1, TILE // columns)
-    return max(rows, min(16, 4 * TILE // columns)) if nchw else rows, columns
+    return max(1, TILE // columns, min(16, largest // columns)), columns
 
 
-def _blocks(rows: int, channels: int, nchw: bool = False) -> int:
-    return -(-rows // _tile_sides(channels, nchw)[0])
+def _blocks(rows: int, channels: int, largest: int = 0) -> int:
+    return -(-rows // _tile_sides(channels, largest)[0])
 
 
 def _empty(like: Tensor, shape: tuple[int, ...] | torch.Size = (0,), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -384,7 +393,8 @@ def _add_norm_forward(x, branch, keep, weight, bias, eps, dtype, save, nchw):
     rows, image_rows = _sizes(x)
     constants = {'BRANCH': branch is not None, 'KEEP': keep is not None, 'SAVE': save, 'NCHW': nchw, 'C': C}
     tensors = (x, branch, keep, weight, bias, total, out, mean, rstd)
-    _launch(_add_norm, _blocks(rows, C, nchw), tensors, (eps, rows, image_rows), constants)
+    largest = 4 * TILE if nchw else 0
+    _launch(_add_norm, _blocks(rows, C, largest), tensors, (eps, rows, image_rows), constants, largest)
     return total, out, mean, rstd
 
 
@@ -418,7 +428,8 @@ def _add_norm_gradients(grad_total, grad_out, total, mean, rstd, keep, weight, x
     )
     C = total.shape[-1]
     rows, image_rows = _sizes(total)
-    programs = min(PROGRAMS, _blocks(rows, C, nchw))
+    largest = 2 * TILE if nchw else 0  # more would not fit the registers
+    programs = min(PROGRAMS, _blocks(rows, C, largest))
     parts = _empty(total, (programs, 2, C))
     grad_total = None if grad_total is None else grad_total.contiguous()
     constants = {
@@ -429,7 +440,7 @@ def _add_norm_gradients(grad_total, grad_out, total, mean, rstd, keep, weight, x
         'C': C,
     }
     tensors = (grad_total, grad_out.contiguous(), total, mean, rstd, keep, weight, grad_x, grad_branch, parts)
-    _launch(_add_norm_backward, programs, tensors, (rows, image_rows, programs), constants)
+    _launch(_add_norm_backward, programs, tensors, (rows, image_rows, programs), constants, largest)
     return grad_x, grad_branch, parts.sum(0)
 
 

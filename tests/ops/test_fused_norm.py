@@ -2,10 +2,6 @@
 
 import itertools
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -274,57 +270,3 @@ def test_unsupported_inputs_give_a_reason(monkeypatch):
     assert 'do not run on cpu' in fused_norm.unsupported_reason(torch.device('cpu'), BF16, 96)
     monkeypatch.setattr(fused_norm, 'triton', None)
     assert 'triton' in fused_norm.unsupported_reason(device, BF16, 96)
-
-
-# In a process of its own, as Triton decides between compiler and interpreter when it is imported.
-COMPILE = """
-import torch
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from swin_mm.ops import fused_norm
-
-launches = []
-fused_norm.launch = lambda kernel, programs, arguments, constants: launches.append((kernel, arguments, dict(constants)))
-BF16 = torch.bfloat16
-for C in CHANNELS:
-    x = torch.zeros(2, 4, 4, C, requires_grad=True)
-    b = torch.zeros(2, 4, 4, C, dtype=BF16, requires_grad=True)
-    w = torch.zeros(C)
-    for nchw in (False, True):
-        sum(r.sum() for r in fused_norm.add_norm(x, b, w, w, 1e-5, BF16, torch.ones(2, dtype=BF16), nchw)).backward()
-    sum(r.sum() for r in fused_norm.norm_add(x, b, w, w, 1e-5, torch.float32, BF16)).backward()
-    fused_norm.merge_norm(b, w.repeat(4), w.repeat(4), 1e-5, BF16).sum().backward()
-types = {torch.bfloat16: '*bf16', torch.float32: '*fp32', float: 'fp32', int: 'i32'}
-for kernel, values, constants in launches:
-    options = {'num_warps': constants.pop('num_warps')}
-    signature = [types[v.dtype if isinstance(v, torch.Tensor) else type(v)] for v in values]
-    aligned = {(n,): [['tt.divisibility', 16]] for n, v in enumerate(values) if isinstance(v, torch.Tensor)}
-    signature = dict(zip(kernel.arg_names, [*signature, *['constexpr'] * len(constants)]))
-    for target in TARGETS:
-        binary = compile(ASTSource(kernel, signature, constants, aligned), GPUTarget('cuda', target, 32), options)
-        name = kernel.__name__ + (' nchw' if constants.get('NCHW') else '')
-        show(name, constants, target, options['num_warps'], binary)
-"""
-SHOW = """
-def show(name, constants, target, warps, binary):
-    print(name, constants['C'], target, len(binary.asm['cubin']) > 0, binary.metadata.shared < 99 * 1024)
-"""
-NORMS = ['_add_norm', '_add_norm_backward', '_add_norm nchw', '_add_norm_backward nchw']
-NAMES = [*NORMS, '_norm_add', '_norm_add_backward', '_merge_norm', '_merge_norm_backward']
-
-
-@pytest.mark.parametrize(
-    'channels, targets', [((96,), (90,)), pytest.param((384, 1536), (80, 89, 90), marks=pytest.mark.slow)]
-)
-def test_kernels_compile_for_gpus(channels, targets):
-    """The interpreter does not check this."""
-    done = subprocess.run(
-        [sys.executable, '-c', f'CHANNELS, TARGETS = {channels}, {targets}' + SHOW + COMPILE],
-        env=os.environ | {'TRITON_INTERPRET': '0'},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    expected = [f'{name} {C} {target} True True' for C in channels for name in NAMES for target in targets]
-    assert done.stdout.splitlines() == expected, done.stderr
