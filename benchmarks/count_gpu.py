@@ -107,20 +107,27 @@ def _attention_backward(args: tuple, out: Any) -> tuple[int, int]:
     windows = qkv.shape[0] * -(-qkv.shape[1] // window[0]) * -(-qkv.shape[2] // window[1])
     blocks = -(-N // kernel.TILE)
     programs = max(1, min(windows, PROGRAMS // (heads * blocks**2)))
-    # One kernel, or three; then the sums of partial gradients of bias and padding, and the cast of the latter.
-    return (1 if blocks == 1 else 3) + 3, 2 * programs * heads * N * N * 4
+    # One kernel, or three; and the sums of partial gradients of bias and padding.
+    return (1 if blocks == 1 else 3) + 2, 2 * programs * heads * N * N * 4
+
+
+def _attention_forward(args: tuple, out: Any) -> tuple[int, int]:
+    """The cast of padding, if there is one, and the kernel."""
+    return 1 + (args[0].dtype != args[1].dtype), 0
 
 
 def _norm_backward(args: tuple, out: Any) -> tuple[int, int]:
     """A kernel of :mod:`swin_mm.ops.fused_norm`, and the sum of partial gradients."""
-    return 2, 2 * fused_norm.PROGRAMS * size_in_memory(out[2])
+    return 2, 2 * fused_norm.PROGRAMS * size_in_memory(out[-1])
 
 
 # Launches, and bytes besides inputs and outputs, of operators of this package that start several kernels.
 OWN: dict[str, Callable[[tuple, Any], tuple[int, int]]] = {
+    'swin_mm::window_attention': _attention_forward,
     'swin_mm::window_attention_backward': _attention_backward,
     'swin_mm::add_norm_backward': _norm_backward,
     'swin_mm::norm_add_backward': _norm_backward,
+    'swin_mm::merge_norm_backward': _norm_backward,
 }
 
 

@@ -1,4 +1,4 @@
-"""Registers, spills, shared memory and instructions of the Triton attention kernels, from compiled code, without a GPU.
+"""Registers, spills, shared memory and instructions of the Triton kernels, from compiled code, without a GPU.
 
     python -m benchmarks.kernel_resources                    all kernels, for sm_80, sm_89 and sm_90
     python -m benchmarks.kernel_resources --kernels forward --windows 7 --dtypes bf16 --sm 90
@@ -16,6 +16,7 @@ import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from swin_mm.ops import fused_norm
 from swin_mm.ops.attention import triton as attention
 
 DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
@@ -33,7 +35,18 @@ TYPES = {torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float32: '*fp32'
 # Shared memory of an SM and threads that it holds, in CUDA's table of compute capabilities; 64 K registers each.
 SMS = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048)}
 # The windows that models have: V1's 7 and 12, V2's 8, 16 and 24.
-HEADER = ('kernel', 'window', 'dtype', 'sm', 'registers', 'spills', 'shared KB', 'programs/SM', 'loop', 'all')
+HEADER = (
+    'kernel',
+    'window or channels',
+    'dtype',
+    'sm',
+    'registers',
+    'spills',
+    'shared KB',
+    'programs/SM',
+    'loop',
+    'all',
+)
 
 
 @dataclass
@@ -73,6 +86,26 @@ def launches(window: int, dtype: torch.dtype, cosine: bool, heads: int = 3) -> I
         out.sum().backward()
     finally:
         attention.launch = original
+    yield from recorded
+
+
+def norm_launches(channels: int, dtype: torch.dtype) -> Iterator[tuple[Any, tuple, dict]]:
+    """The fused norms with arguments and constants as in training with autocast: the residual stream is in float32."""
+    recorded: list[tuple[Any, tuple, dict]] = []
+    original = fused_norm.launch
+    fused_norm.launch = lambda kernel, programs, arguments, constants: recorded.append((kernel, arguments, constants))
+    try:
+        x = torch.zeros(2, 4, 4, channels, requires_grad=True)
+        branch = x.detach().to(dtype).requires_grad_()
+        weight = torch.ones(4 * channels)
+        parameters = (weight[:channels], weight[:channels], 1e-5)
+        for nchw in (False, True):
+            results = fused_norm.add_norm(x, branch, *parameters, torch.float32 if nchw else dtype, nchw=nchw)
+            sum(result.sum() for result in results).backward()
+        sum(result.sum() for result in fused_norm.norm_add(x, branch, *parameters, torch.float32, dtype)).backward()
+        fused_norm.merge_norm(branch, weight, weight, 1e-5, dtype).sum().backward()
+    finally:
+        fused_norm.launch = original
     yield from recorded
 
 
@@ -141,21 +174,27 @@ def main() -> int:
     parser.add_argument('--sm', default='80,89,90', help='compute capabilities')
     parser.add_argument('--windows', default='7,12', help='sides of V1 windows')
     parser.add_argument('--cosine', default='8', help='sides of V2 windows')
+    parser.add_argument('--norms', default='', help='channels of fused norms, such as 96,768')
     parser.add_argument('--dtypes', default='bf16', help=f'of {",".join(DTYPES)}')
     parser.add_argument('--kernels', default='', help='part of the names of the kernels')
     args = parser.parse_args()
     kinds = [
         (int(w), cosine) for text, cosine in ((args.windows, False), (args.cosine, True)) for w in text.split(',') if w
     ]
+    cases = {f'{window}{" V2" if cosine else ""}': partial(launches, window, cosine=cosine) for window, cosine in kinds}
+    cases |= {
+        f'{channels} channels': partial(norm_launches, int(channels)) for channels in args.norms.split(',') if channels
+    }
     print('| ' + ' | '.join(HEADER) + ' |\n' + '| --- ' * len(HEADER) + '|')
-    for (window, cosine), dtype in itertools.product(kinds, args.dtypes.split(',')):
-        for kernel, arguments, constants in launches(window, DTYPES[dtype], cosine):
+    for (case, recorded), dtype in itertools.product(cases.items(), args.dtypes.split(',')):
+        for kernel, arguments, constants in recorded(dtype=DTYPES[dtype]):
             name = kernel.__name__.strip('_').replace('_', ' ') + (', training' if constants.get('SAVE') else '')
+            name += ', NCHW' if constants.get('NCHW') else ''
             if args.kernels and args.kernels not in name:
                 continue
             for sm in args.sm.split(','):
                 r = resources(kernel, arguments, constants, int(sm))
-                row = (name, f'{window}{" V2" if cosine else ""}', dtype, sm, r.registers, r.spills)
+                row = (name, case, dtype, sm, r.registers, r.spills)
                 row = (*row, f'{r.shared / 1024:.0f}', r.programs, r.loop, r.total)
                 print('| ' + ' | '.join(map(str, row)) + ' |', flush=True)
     return 0

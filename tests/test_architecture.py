@@ -31,7 +31,6 @@ PRIVATE_API = {
     'benchmarks/count_gpu.py': ['torch.utils._python_dispatch:TorchDispatchMode'],  # documented in PyTorch's notes
     'swin_mm/engine/fsdp.py': ['mmengine._strategy:FSDPStrategy'],
     'swin_mm/models/inference.py': ['torch:_addmm_activation'],  # GELU in the epilogue; with a fallback
-    'swin_mm/ops/fused_norm.py': ['torch:_C'],  # for _len_torch_dispatch_stack, with a fallback
     'swin_mm/ops/attention/triton.py': ['torch:_C'],  # for _len_torch_dispatch_stack, with a fallback
     'swin_mm/ops/windows.py': ['torch:_C'],  # for _are_functorch_transforms_active, with a fallback
 }

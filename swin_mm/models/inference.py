@@ -2,9 +2,10 @@
 
 :func:`optimize_for_inference` packs the weights of linear layers for oneDNN, computes position biases once, fuses GELU
 into the linear layer before it, and runs each block on tiles of rows whose intermediate results stay in the CPU's
-cache. All of this would silently give stale results after a weight changed, or bypass hooks and adapters that a user
-attached. It is therefore done only in this frozen copy, which has no parameters and cannot be trained, loaded or
-converted.
+cache. On GPUs it keeps weights in autocast's type, adds residual branches in the kernel of the norm that follows, and
+computes GELU in 16 bits by its tanh approximation, in the epilogue of the product. All of this would silently give
+stale results after a weight changed, or bypass hooks and adapters that a user attached. It is therefore done only in
+this frozen copy, which has no parameters and cannot be trained, loaded or converted.
 
 B batch, (H, W) map, C channels.
 """
@@ -18,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swin_mm.models.residual import add_norm, merge_norm, norm_dtype, on_gpu
+from swin_mm.models.residual import add_norm, norm_dtype, on_gpu
 from swin_mm.models.swin import (
     Chained,
     Mlp,
     PatchEmbed,
-    PatchMerging,
     SwinBlock,
     SwinBlockV2,
     SwinPyramid,
@@ -47,7 +47,7 @@ def optimize_for_inference(model: nn.Module) -> nn.Module:
     The copy is in evaluation mode. Up to rounding, it equals ``model.eval()`` under ``torch.no_grad()``.
     Its backbone has no parameters and no state dict: ``train()``, ``load_state_dict()``, ``state_dict()`` and
     conversions by ``.to()`` raise. To change weights, dtype or device, change the original model and call this function
-    again. On CPUs the gain is largest; on other devices it saves casts of weights and position biases.
+    again.
 
     Args:
         model: a :class:`swin_mm.models.swin.SwinPyramid`, or any module that contains one or more. It is not changed.
@@ -307,22 +307,6 @@ class FrozenPatchEmbed(nn.Module):
         return add_norm(x, None, self.embed.norm, dtype=norm_dtype(x))[1]
 
 
-class FrozenMerging(nn.Module):
-    """The patch merging of V1; on GPUs, one kernel gathers the neighbours and normalises them.
-
-    Args:
-        merging: a patch merging.
-    """
-
-    def __init__(self, merging: PatchMerging) -> None:
-        super().__init__()
-        self.merging = merging
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See :meth:`swin_mm.models.swin.PatchMerging.forward`."""
-        return self.merging.reduction(merge_norm(x, self.merging))
-
-
 class FrozenMlp(nn.Module):
     """An MLP with packed weights and GELU fused into the first linear layer.
 
@@ -348,7 +332,11 @@ class FrozenStage(SwinStage):
     """
 
     def __init__(self, stage: SwinStage) -> None:
-        downsample = None if stage.downsample is None else _freeze_merging(cast(PatchMerging, stage.downsample))
+        downsample: Any = stage.downsample
+        if downsample is not None:
+            downsample.fused_norm = True
+            if is_plain_linear(downsample.reduction):
+                downsample.reduction = PackedLinear.of(downsample.reduction)
         super().__init__([*map(_freeze_block, stage.blocks)], downsample, with_cp=False)
 
     def chain(self, x: Tensor) -> Chained:
@@ -419,13 +407,6 @@ def _freeze_patch_embed(embed: PatchEmbed) -> nn.Module:
     usual = type(embed) is PatchEmbed and type(proj) is nn.Conv2d and proj.kernel_size == proj.stride == embed.patch
     usual = usual and (proj.padding, proj.dilation, proj.groups) == ((0, 0), (1, 1), 1)
     return FrozenPatchEmbed(embed) if usual else embed
-
-
-def _freeze_merging(merging: PatchMerging) -> nn.Module:
-    """Optimise a patch merging, as far as its parts are known."""
-    if is_plain_linear(merging.reduction):
-        merging.reduction = PackedLinear.of(merging.reduction)  # type: ignore[assignment]
-    return FrozenMerging(merging) if type(merging) is PatchMerging else merging
 
 
 def _freeze_block(block: nn.Module) -> nn.Module:

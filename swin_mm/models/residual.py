@@ -103,7 +103,7 @@ def norm_add(x: Tensor, branch: Tensor, norm: Any, drop_path: nn.Module | None =
 
 
 def merge_norm(x: Tensor, merging: Any) -> Tensor:
-    """The norm of ``merging.gather(x)``, by one kernel on GPUs if the norm is plain. Without gradients."""
+    """The norm of ``merging.gather(x)``, by one kernel on GPUs if the norm is plain."""
     norm, dtype = merging.norm, product_dtype(x)
     if (
         merging.stride == 2

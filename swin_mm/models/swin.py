@@ -34,7 +34,7 @@ from swin_mm.models.arguments import (
     require_with_cp,
     shorten,
 )
-from swin_mm.models.residual import DropPath, add_branch, add_norm, norm_add, norm_dtype, on_gpu
+from swin_mm.models.residual import DropPath, add_branch, add_norm, merge_norm, norm_add, norm_dtype, on_gpu
 from swin_mm.models.window_attention import WindowAttention, WindowAttentionV2, has_hooks
 from swin_mm.ops.attention import KERNELS
 from swin_mm.ops.windows import Size, padded_size, recording, tracing
@@ -108,8 +108,7 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Halve height and width (for stride 2), and double the channels."""
-        x = self.gather(x)
-        return self.reduction(add_norm(x, None, self.norm)[1] if self.fused_norm else self.norm(x))
+        return self.reduction(merge_norm(x, self) if self.fused_norm else self.norm(self.gather(x)))
 
 
 class PatchMergingV2(PatchMerging):
@@ -417,8 +416,8 @@ class SwinPyramid(nn.Module):
                 )
                 for j in range(depths[i])
             ]
-            merge_norm = norm if patch_norm else nn.Identity
-            merge = self.merging_type(dim, merging_strides[i], merge_norm, fused_norm) if i < last else None
+            merging_norm = norm if patch_norm else nn.Identity
+            merge = self.merging_type(dim, merging_strides[i], merging_norm, fused_norm) if i < last else None
             self.layers.append(SwinStage(blocks, merge, checkpointed[i]))
         for i in self.out_indices:
             self.add_module(f'norm{i}', norm(self.num_features[i]))

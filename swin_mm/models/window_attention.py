@@ -122,7 +122,7 @@ class WindowAttention(nn.Module):
             # Padded tokens project to the qkv bias, which kernels insert.
             bias = self.qkv_bias()
             qkv = self.project(x, bias)
-            pad = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias.to(qkv.dtype)
+            pad = qkv.new_zeros(qkv.shape[-1]) if bias is None else bias
         else:
             # Hooks, adapters and quantized layers may map zeros to any value: pad first, as the official code does.
             Hp, Wp = padded_size((H, W), window)

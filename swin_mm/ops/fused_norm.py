@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from swin_mm.ops.attention.triton import operators_are_seen
 from swin_mm.ops.verification import LIMITS, verified
-from swin_mm.ops.windows import functorch_active
 from swin_mm.utils.compat import custom_op
 
 try:
@@ -93,12 +93,11 @@ def _normalise_backward(grad, unit, rstd, C: tl.constexpr):
 
 
 @_jit
-def _store_sums(parts, sum_weight, sum_bias, C: tl.constexpr, COLUMNS: tl.constexpr):
-    """A program's part of the gradients of weight and bias, (2, C)."""
+def _store_sums(to, sum_weight, sum_bias, gap, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """C elements of a program's part of the gradient of the weight, and those of the bias ``gap`` behind."""
     j = tl.arange(0, COLUMNS)
-    to = parts + tl.program_id(0) * 2 * C + j
-    tl.store(to, sum_weight, mask=j < C)
-    tl.store(to + C, sum_bias, mask=j < C)
+    tl.store(to + j, sum_weight, mask=j < C)
+    tl.store(to + gap + j, sum_bias, mask=j < C)
 
 
 @_jit
@@ -131,40 +130,97 @@ def _add_norm(
 
 
 @_jit
+def _corners(i, H, W, down, across):
+    """For each row of a merged map, its place (y, x) in the map, and the row of the token there."""
+    y, x = i // across % down * 2, i % across * 2
+    return y, x, (i // across // down * H + y).to(tl.int64) * W + x
+
+
+@_jit
+def _load_neighbour(x, corners, n: tl.constexpr, channels, H, W, C: tl.constexpr, COLUMNS: tl.constexpr):
+    """The n-th of 2 x 2 neighbours, column by column: its values, 0 beyond the map; its offsets; what is in the map."""
+    top, left, row = corners
+    inside = channels & ((top + n % 2 < H) & (left + n // 2 < W))[:, None]
+    at = (row + n % 2 * W + n // 2)[:, None] * C + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32), at, inside
+
+
+@_jit
 def _merge_norm(
-    x, weight, bias, out,
+    x, weight, bias, out, mean, rstd,
     eps, rows, H, W, down, across,
-    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SAVE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The norm of the channels of 2 x 2 neighbours, which are stacked column by column; 0 beyond the map."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, COLUMNS)
-    y, left = i // across % down * 2, i % across * 2
-    first = (i // across // down * H + y).to(tl.int64) * W + left  # row of the top left neighbour
-    channels = (i < rows)[:, None] & (j < C)[None, :]
+    """The norm of the channels of 2 x 2 neighbours, which are read three times, but from the cache."""
+    i, _, channels = _tile(tl.program_id(0), rows, C, ROWS, COLUMNS)
+    corners = _corners(i, H, W, down, across)
     total = tl.zeros([ROWS], tl.float32)
     for n in tl.static_range(4):
-        real = channels & ((y + n % 2 < H) & (left + n // 2 < W))[:, None]
-        at = (first + n % 2 * W + n // 2)[:, None] * C + j[None, :]
-        total += tl.sum(tl.load(x + at, mask=real, other=0.0).to(tl.float32), 1)
-    mean = total / (4 * C)
+        values, _, _ = _load_neighbour(x, corners, n, channels, H, W, C, COLUMNS)
+        total += tl.sum(values, 1)
+    row_mean = total / (4 * C)
     squares = tl.zeros([ROWS], tl.float32)
-    for n in tl.static_range(4):  # from the cache
-        real = channels & ((y + n % 2 < H) & (left + n // 2 < W))[:, None]
-        at = (first + n % 2 * W + n // 2)[:, None] * C + j[None, :]
-        values = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
-        centred = tl.where(channels, values - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, 1)
-    rstd = 1 / tl.sqrt(squares / (4 * C) + eps)
     for n in tl.static_range(4):
-        real = channels & ((y + n % 2 < H) & (left + n // 2 < W))[:, None]
-        at = (first + n % 2 * W + n // 2)[:, None] * C + j[None, :]
-        values = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
-        unit = (values - mean[:, None]) * rstd[:, None]
-        w = tl.load(weight + n * C + j, mask=j < C, other=0.0).to(tl.float32)
-        b = tl.load(bias + n * C + j, mask=j < C, other=0.0).to(tl.float32)
-        to = out + (i.to(tl.int64) * (4 * C))[:, None] + (n * C + j)[None, :]
-        tl.store(to, (unit * w[None, :] + b[None, :]).to(out.dtype.element_ty), mask=channels)
+        values, _, _ = _load_neighbour(x, corners, n, channels, H, W, C, COLUMNS)
+        centred = tl.where(channels, values - row_mean[:, None], 0.0)
+        squares += tl.sum(centred * centred, 1)
+    row_rstd = 1 / tl.sqrt(squares / (4 * C) + eps)
+    to = i.to(tl.int64)[:, None] * (4 * C) + tl.arange(0, COLUMNS)[None, :]
+    for n in tl.static_range(4):
+        values, _, _ = _load_neighbour(x, corners, n, channels, H, W, C, COLUMNS)
+        unit = (values - row_mean[:, None]) * row_rstd[:, None]
+        result = unit * _load_vector(weight + n * C, C, COLUMNS) + _load_vector(bias + n * C, C, COLUMNS)
+        tl.store(out + to + n * C, result.to(out.dtype.element_ty), mask=channels)
+    if SAVE:
+        tl.store(mean + i, row_mean, mask=i < rows)
+        tl.store(rstd + i, row_rstd, mask=i < rows)
+
+
+@_jit
+def _merge_norm_backward(
+    grad_out, x, mean, rstd, weight, grad_x, parts,
+    rows, H, W, down, across, programs,
+    C: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x, and partial sums, (2, 4 * C)."""
+    sums = tl.zeros([COLUMNS], tl.float32)
+    sum_0, sum_1, sum_2, sum_3 = sums, sums, sums, sums
+    bias_0, bias_1, bias_2, bias_3 = sums, sums, sums, sums
+    for block in range(tl.program_id(0), (rows + ROWS - 1) // ROWS, programs):
+        i, _, channels = _tile(block, rows, C, ROWS, COLUMNS)
+        corners = _corners(i, H, W, down, across)
+        row_mean = tl.load(mean + i, mask=i < rows, other=0.0)[:, None]
+        row_rstd = tl.load(rstd + i, mask=i < rows, other=0.0)[:, None]
+        grads = grad_out + i.to(tl.int64)[:, None] * (4 * C) + tl.arange(0, COLUMNS)[None, :]
+        along = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        for n in tl.static_range(4):
+            values, _, _ = _load_neighbour(x, corners, n, channels, H, W, C, COLUMNS)
+            g = tl.load(grads + n * C, mask=channels, other=0.0).to(tl.float32)
+            weighted = g * _load_vector(weight + n * C, C, COLUMNS)
+            along += tl.sum(weighted * (values - row_mean) * row_rstd, 1)
+            total += tl.sum(weighted, 1)
+        along, total = along / (4 * C), total / (4 * C)
+        for n in tl.static_range(4):
+            values, at, inside = _load_neighbour(x, corners, n, channels, H, W, C, COLUMNS)
+            g = tl.load(grads + n * C, mask=channels, other=0.0).to(tl.float32)
+            weighted = g * _load_vector(weight + n * C, C, COLUMNS)
+            unit = (values - row_mean) * row_rstd
+            grad = (weighted - total[:, None] - unit * along[:, None]) * row_rstd
+            tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=inside)
+            if n == 0:
+                sum_0, bias_0 = sum_0 + tl.sum(g * unit, 0), bias_0 + tl.sum(g, 0)
+            elif n == 1:
+                sum_1, bias_1 = sum_1 + tl.sum(g * unit, 0), bias_1 + tl.sum(g, 0)
+            elif n == 2:
+                sum_2, bias_2 = sum_2 + tl.sum(g * unit, 0), bias_2 + tl.sum(g, 0)
+            else:
+                sum_3, bias_3 = sum_3 + tl.sum(g * unit, 0), bias_3 + tl.sum(g, 0)
+    to = parts + tl.program_id(0) * 8 * C
+    _store_sums(to, sum_0, bias_0, 4 * C, C, COLUMNS)
+    _store_sums(to + C, sum_1, bias_1, 4 * C, C, COLUMNS)
+    _store_sums(to + 2 * C, sum_2, bias_2, 4 * C, C, COLUMNS)
+    _store_sums(to + 3 * C, sum_3, bias_3, 4 * C, C, COLUMNS)
 
 
 @_jit
@@ -199,7 +255,7 @@ def _add_norm_backward(
             tl.store(grad_branch + at, grad.to(grad_branch.dtype.element_ty), mask=exists)
         sum_weight += tl.sum(g * unit, 0)
         sum_bias += tl.sum(g, 0)
-    _store_sums(parts, sum_weight, sum_bias, C, COLUMNS)
+    _store_sums(parts + tl.program_id(0) * 2 * C, sum_weight, sum_bias, C, C, COLUMNS)
 
 
 @_jit
@@ -255,17 +311,22 @@ def _norm_add_backward(
         tl.store(grad_branch + at, grad.to(grad_branch.dtype.element_ty), mask=exists)
         sum_weight += tl.sum(g * unit, 0)
         sum_bias += tl.sum(g, 0)
-    _store_sums(parts, sum_weight, sum_bias, C, COLUMNS)
+    _store_sums(parts + tl.program_id(0) * 2 * C, sum_weight, sum_bias, C, C, COLUMNS)
 
 
 def _launch(
-    kernel, programs: int, tensors: tuple[Tensor | None, ...], numbers: tuple, constants: dict[str, Any]
+    kernel,
+    programs: int,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple,
+    constants: dict[str, Any],
+    largest: int = 0,
 ) -> None:
     """Start a kernel; for tensors that are not there, its constants tell so."""
     if not programs:  # an empty batch
         return
     first = next(t for t in tensors if t is not None)
-    ROWS, COLUMNS = _tile_sides(constants['C'], constants.get('NCHW', False))
+    ROWS, COLUMNS = _tile_sides(constants['C'], largest)
     warps = 8 if ROWS * COLUMNS > TILE else 4
     arguments = (*(first if t is None else t for t in tensors), *numbers)
     launch(kernel, programs, arguments, {**constants, 'ROWS': ROWS, 'COLUMNS': COLUMNS, 'num_warps': warps})
@@ -277,15 +338,19 @@ def launch(kernel, programs: int, arguments: tuple, constants: dict[str, Any]) -
         kernel[(programs,)](*arguments, **constants)
 
 
-def _tile_sides(channels: int, nchw: bool = False) -> tuple[int, int]:
-    """Rows and columns of a tile; with channels before rows, more rows, to write whole sectors of memory."""
+def _tile_sides(channels: int, largest: int = 0) -> tuple[int, int]:
+    """Rows and columns of a tile.
+
+    Args:
+        channels: that a tile holds.
+        largest: elements that a tile may have in order to get 16 rows, which makes accesses across rows efficient.
+    """
     columns = triton.next_power_of_2(channels)
-    rows = max(1, TILE // columns)
-    return max(rows, min(16, 4 * TILE // columns)) if nchw else rows, columns
+    return max(1, TILE // columns, min(16, largest // columns)), columns
 
 
-def _blocks(rows: int, channels: int, nchw: bool = False) -> int:
-    return -(-rows // _tile_sides(channels, nchw)[0])
+def _blocks(rows: int, channels: int, largest: int = 0) -> int:
+    return -(-rows // _tile_sides(channels, largest)[0])
 
 
 def _empty(like: Tensor, shape: tuple[int, ...] | torch.Size = (0,), dtype: torch.dtype = torch.float32) -> Tensor:
@@ -328,7 +393,8 @@ def _add_norm_forward(x, branch, keep, weight, bias, eps, dtype, save, nchw):
     rows, image_rows = _sizes(x)
     constants = {'BRANCH': branch is not None, 'KEEP': keep is not None, 'SAVE': save, 'NCHW': nchw, 'C': C}
     tensors = (x, branch, keep, weight, bias, total, out, mean, rstd)
-    _launch(_add_norm, _blocks(rows, C, nchw), tensors, (eps, rows, image_rows), constants)
+    largest = 4 * TILE if nchw else 0
+    _launch(_add_norm, _blocks(rows, C, largest), tensors, (eps, rows, image_rows), constants, largest)
     return total, out, mean, rstd
 
 
@@ -362,7 +428,8 @@ def _add_norm_gradients(grad_total, grad_out, total, mean, rstd, keep, weight, x
     )
     C = total.shape[-1]
     rows, image_rows = _sizes(total)
-    programs = min(PROGRAMS, _blocks(rows, C, nchw))
+    largest = 2 * TILE if nchw else 0  # more would not fit the registers
+    programs = min(PROGRAMS, _blocks(rows, C, largest))
     parts = _empty(total, (programs, 2, C))
     grad_total = None if grad_total is None else grad_total.contiguous()
     constants = {
@@ -373,7 +440,7 @@ def _add_norm_gradients(grad_total, grad_out, total, mean, rstd, keep, weight, x
         'C': C,
     }
     tensors = (grad_total, grad_out.contiguous(), total, mean, rstd, keep, weight, grad_x, grad_branch, parts)
-    _launch(_add_norm_backward, programs, tensors, (rows, image_rows, programs), constants)
+    _launch(_add_norm_backward, programs, tensors, (rows, image_rows, programs), constants, largest)
     return grad_x, grad_branch, parts.sum(0)
 
 
@@ -463,11 +530,8 @@ _norm_add_backward_op.register_autograd(_no_second_derivative)
 
 
 def _operators_are_seen(x: Tensor) -> bool:
-    """Whether someone may look at the operators: a compiler, a tensor subclass, a dispatch mode, a transform."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_meta:
-        return True
-    # There is no public API. Where this private one is missing, the operators are used always.
-    return functorch_active() or getattr(torch._C, '_len_torch_dispatch_stack', lambda: 1)() > 0
+    """Whether operators must be called, because someone looks at them or the tensor has no data."""
+    return x.is_meta or operators_are_seen(x)
 
 
 class _AddNorm(Function):
@@ -594,28 +658,84 @@ def norm_add(
 
 
 @custom_op('swin_mm::merge_norm')
-def _merge_norm_op(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    return _merge_norm_forward(x, weight, bias, eps, dtype)
+def _merge_norm_op(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, mean and inverse standard deviation (if ``save``)."""
+    return _merge_norm_forward(x, weight, bias, eps, dtype, save)
+
+
+def _merged(x: Tensor) -> tuple[int, int, int]:
+    """Rows of the merged map in all images, and those down and across a map."""
+    down, across = (x.shape[1] + 1) // 2, (x.shape[2] + 1) // 2
+    return x.shape[0] * down * across, down, across
 
 
 @_merge_norm_op.register_fake
-def _merge_norm_fake(x, weight, bias, eps, dtype):
-    B, H, W, C = x.shape
-    return _empty(x, (B, (H + 1) // 2, (W + 1) // 2, 4 * C), dtype)
+def _merge_norm_fake(x, weight, bias, eps, dtype, save):
+    rows, down, across = _merged(x)
+    sums = [_empty(x, (rows if save else 0,)) for _ in range(2)]
+    return _empty(x, (x.shape[0], down, across, 4 * x.shape[3]), dtype), *sums
 
 
-def _merge_norm_forward(x, weight, bias, eps, dtype):
+def _merge_norm_forward(x, weight, bias, eps, dtype, save):
     x = x.contiguous()
-    out = _merge_norm_fake(x, weight, bias, eps, dtype)
-    B, down, across, _ = out.shape
-    rows = B * down * across
+    out, mean, rstd = _merge_norm_fake(x, weight, bias, eps, dtype, save)
+    rows, down, across = _merged(x)
     numbers = (eps, rows, x.shape[1], x.shape[2], down, across)
-    _launch(_merge_norm, _blocks(rows, x.shape[3]), (x, weight, bias, out), numbers, {'C': x.shape[3]})
-    return out
+    tensors = (x, weight, bias, out, mean, rstd)
+    _launch(_merge_norm, _blocks(rows, x.shape[3]), tensors, numbers, {'SAVE': save, 'C': x.shape[3]})
+    return out, mean, rstd
+
+
+@custom_op('swin_mm::merge_norm_backward')
+def _merge_norm_backward_op(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight and bias, (2, 4 * C)."""
+    return _merge_norm_gradients(grad, x, mean, rstd, weight)
+
+
+def _merge_norm_gradients(grad, x, mean, rstd, weight):
+    grad_x, C = torch.empty_like(x), x.shape[3]
+    rows, down, across = _merged(x)
+    programs = min(PROGRAMS, _blocks(rows, C))
+    parts = _empty(x, (programs, 2, 4 * C))
+    numbers = (rows, x.shape[1], x.shape[2], down, across, programs)
+    tensors = (grad.contiguous(), x, mean, rstd, weight, grad_x, parts)
+    _launch(_merge_norm_backward, programs, tensors, numbers, {'C': C})
+    return grad_x, parts.sum(0)
+
+
+@_merge_norm_backward_op.register_fake
+def _(grad, x, mean, rstd, weight):
+    return torch.empty_like(x), _empty(x, (2, 4 * x.shape[3]))
+
+
+_merge_norm_backward_op.register_autograd(_no_second_derivative)
+
+
+class _MergeNorm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps, dtype):
+        x = x.contiguous()
+        run = _merge_norm_op if _operators_are_seen(x) else _merge_norm_forward
+        out, mean, rstd = run(x, weight, bias, eps, dtype, True)
+        ctx.save_for_backward(x, mean, rstd, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, mean, rstd, weight = ctx.saved_tensors
+        seen = torch.is_grad_enabled() or _operators_are_seen(grad)
+        run = _merge_norm_backward_op if seen else _merge_norm_gradients
+        grad_x, sums = run(grad, x, mean, rstd, weight)
+        grad_weight, grad_bias = sums.to(weight.dtype)
+        return grad_x, grad_weight, grad_bias, None, None
 
 
 def merge_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """LayerNorm of the stacked channels of 2 x 2 neighbours, zero-padded. Not differentiable.
+    """LayerNorm of the stacked channels of 2 x 2 neighbours, zero-padded.
 
     Args:
         x: (B, H, W, C).
@@ -627,8 +747,10 @@ def merge_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     Returns:
         (B, ceil(H / 2), ceil(W / 2), 4C), neighbours column by column.
     """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
+        return _MergeNorm.apply(x, weight, bias, eps, dtype)
     run = _merge_norm_op if _operators_are_seen(x) else _merge_norm_forward
-    return run(x, weight, bias, eps, dtype)
+    return run(x, weight, bias, eps, dtype, False)[0]
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int) -> str | None:
@@ -714,11 +836,14 @@ def _example(case: Case, exact: bool) -> list[Tensor]:
         else:
             nchw = case.kind == 'nchw'
             results = add_norm(x, branch, *options, case.out, keep if case.training else None, nchw)
-        if not case.training or case.kind == 'merge':
+        if not case.training:
             return [*results]
-        factors = torch.arange(x.numel(), dtype=torch.float64, device=case.device).mul_(1.3).cos_()
-        loss = torch.stack([(result * factors.view(result.shape)).sum() for result in results]).sum()
-        return [*results, *torch.autograd.grad(loss, (x, branch, weight, bias))]
+        loss = torch.zeros((), dtype=torch.float64, device=case.device)
+        for result in results:
+            factors = torch.arange(result.numel(), dtype=torch.float64, device=case.device).mul_(1.3).cos_()
+            loss = loss + (result * factors.view(result.shape)).sum()
+        inputs = (x, weight, bias) if case.kind == 'merge' else (x, branch, weight, bias)
+        return [*results, *torch.autograd.grad(loss, inputs)]
 
 
 def reference(

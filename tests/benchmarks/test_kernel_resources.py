@@ -45,3 +45,18 @@ def test_kernels_compile_for_gpus_and_their_instructions_are_counted():
         assert (dtype, sm) == ('bf16', '90') and 32 <= int(registers) <= 255 and int(shared) < 99
         assert int(programs) >= 2 and 100 < int(loop) < int(total)
         assert int(spills) == 0 or name not in forward
+
+
+@pytest.mark.parametrize(
+    'channels, targets', [('96', '90'), pytest.param('192,1536', '80,89,90', marks=pytest.mark.slow)], ids=['96', 'all']
+)
+def test_norms_compile_for_gpus(channels, targets):
+    command = ['-m', 'benchmarks.kernel_resources', '--sm', targets, '--windows', '', '--cosine', '', '--norms', channels]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines()[2:]]
+    add = ['add norm, training', 'add norm backward', 'add norm, training, NCHW', 'add norm backward, NCHW']
+    names = [*add, 'norm add, training', 'norm add backward', 'merge norm, training', 'merge norm backward']
+    assert [row[0] for row in rows] == [n for _ in channels.split(',') for n in names for _ in targets.split(',')], done
+    for name, _, _, _, registers, spills, shared, programs, _, _ in rows:
+        assert int(registers) <= 255 and int(shared) < 99 and int(programs) >= 1, name
+        assert int(spills) == 0, name

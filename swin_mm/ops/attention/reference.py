@@ -54,7 +54,7 @@ def weights(
         Weights (B * nW, h, N, N), each row of which sums to 1, and values (B * nW, h, N, d), in float32 or float64.
     """
     mask = region_mask((qkv.shape[1], qkv.shape[2]), window, shift, qkv.device) if any(shift) else None
-    q, k, v, factor = split_heads(window_partition(qkv, window, shift, pad), bias.shape[0], scale)
+    q, k, v, factor = split_heads(window_partition(qkv, window, shift, pad.to(qkv.dtype)), bias.shape[0], scale)
     # Scores may exceed 65504, the largest number of fp16, although the softmax is well defined.
     precise = torch.promote_types(v.dtype, torch.float32)
     with without_autocast(v.device.type):

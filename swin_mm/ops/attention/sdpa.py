@@ -25,7 +25,7 @@ def attention(
         factor, factors = (1.0, scale) if isinstance(scale, Tensor) else (scale, None)
         return _op(qkv, pad, bias, window, shift, factor, factors)
     size = (qkv.shape[1], qkv.shape[2])
-    windows = gather_windows(qkv, window, shift, pad)
+    windows = gather_windows(qkv, window, shift, pad.to(qkv.dtype))
     mask = region_mask(size, window, shift, qkv.device) if any(shift) else None
     q, k, v, factor = split_heads(windows, bias.shape[0], scale)
     if mask is None:

@@ -489,6 +489,7 @@ class _Call:
         self.head_size = C // 3 // self.heads
         self.constants, self.blocks = _constants(qkv.dtype, (Hw, Ww), self.head_size, scales is not None, TILE)
         # The kernels assume aligned rows; views into larger tensors may be unaligned.
+        pad = pad.to(qkv.dtype)  # not before, as autograd would record it
         qkv, pad, bias = (t if t.data_ptr() % 16 == 0 else t.clone() for t in (qkv, pad, bias))
         self.tensors = (qkv, pad, bias.contiguous(), qkv if scales is None else scales)
         self.numbers = (factor, self.windows, H, W, down, across, *shift, self.heads)
@@ -556,7 +557,7 @@ def backward(
     window: Sequence[int],
     shift: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of qkv, pad, bias and scales, the last one empty without scales."""
+    """Gradients of qkv, pad (in float32), bias and scales, the last one empty without scales."""
     call = _Call(qkv, pad, bias, scales, factor, window, shift)
     heads, N, _ = bias.shape
     blocks, splits = call.blocks, call.splits(call.blocks, 'backward')
@@ -577,7 +578,7 @@ def backward(
         call.launch(_backward_kv, blocks, 'backward', lse, delta, grad, grad_qkv, grad_pad)
         call.launch(_backward_bias, blocks**2, 'backward', lse, delta, grad, grad_bias)
     grad_scales = grad_scales.sum(0) if len(grad_scales[0]) else grad_scales[0]
-    return grad_qkv, grad_pad.sum(0).to(pad.dtype), grad_bias.sum(0).to(bias.dtype), grad_scales
+    return grad_qkv, grad_pad.sum(0), grad_bias.sum(0).to(bias.dtype), grad_scales
 
 
 # In compiled code and under modes that see operators, such as FlopCounterMode, the kernels are operators. These take
@@ -612,7 +613,8 @@ def _backward_op(
 @_backward_op.register_fake
 def _(grad, qkv, pad, bias, scales, out, lse, factor, window, shift):
     grad_scales = qkv.new_empty(0 if scales is None else bias.shape[0], dtype=torch.float32)
-    return torch.empty_like(qkv), torch.empty_like(pad), bias.new_empty(bias.shape), grad_scales
+    grad_pad = torch.empty_like(pad, dtype=torch.float32)
+    return torch.empty_like(qkv), grad_pad, bias.new_empty(bias.shape), grad_scales
 
 
 def _setup_context(ctx, inputs, output):
@@ -621,6 +623,7 @@ def _setup_context(ctx, inputs, output):
         raise RuntimeError('swin_mm::window_attention keeps nothing for a backward pass with save=False; pass True')
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
 
 def _differentiate(ctx, grad, compute) -> tuple[Tensor | None, ...]:
@@ -642,6 +645,7 @@ class _WindowAttention(Function):
 
     @staticmethod
     def forward(ctx, qkv, pad, bias, scales, factor, window, shift):
+        pad = pad.to(qkv.dtype)
         out, lse = forward(qkv, pad, bias, scales, factor, True, window, shift)
         ctx.save_for_backward(qkv, pad, bias, scales, out, lse)
         ctx.factor, ctx.window, ctx.shift = factor, window, shift
@@ -667,7 +671,7 @@ def attention(
 ) -> Tensor:
     """See :func:`swin_mm.ops.attention.reference.attention`; for inputs that :func:`unsupported_reason` accepts."""
     scales, factor = (scale.float().flatten(), 1.0) if isinstance(scale, Tensor) else (None, scale)
-    tensors = qkv.contiguous(), pad.to(qkv.dtype), bias, scales
+    tensors = qkv.contiguous(), pad, bias, scales
     if operators_are_seen(qkv):
         return _op(*tensors, factor, torch.is_grad_enabled(), list(window), list(shift))[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
