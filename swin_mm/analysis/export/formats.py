@@ -36,6 +36,10 @@ LIBRARIES = {
 OPSET, OPSETS = 20, range(18, 24)  # default; those that both PyTorch's exporter and onnxruntime support
 
 
+# Checks that torch.export adds: that no side is 1, for instance.
+ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
+
+
 class Sides(NamedTuple):
     """Heights and widths that a file takes.
 
@@ -79,8 +83,13 @@ def to_graph(exportable: Exportable, image: Tensor, sides: Sides | None) -> Expo
     dims = {0: Dim('batch', min=1)}
     if sides is not None:
         dims |= {2: sides.dim('height'), 3: sides.dim('width')}
+    options: dict[str, Any] = {'prefer_deferred_runtime_asserts_over_guards': True} if exportable.defers_guards else {}
     with without_special_sizes():
-        program = torch.export.export(exportable, (image,), dynamic_shapes=(dims,), strict=False)
+        program = torch.export.export(exportable, (image,), dynamic_shapes=(dims,), strict=False, **options)
+    if exportable.defers_guards:
+        for node in list(program.graph.nodes):
+            if node.target in ASSERTIONS:
+                program.graph.erase_node(node)
     graphs = (module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule))
     for node in chain.from_iterable(graph.nodes for graph in graphs):
         node.meta.pop('stack_trace', None)

@@ -30,6 +30,7 @@ from swin_mm.utils.errors import InputError
 # (batch, height, width) at which maps are compared on noise: multiples of windows, of patches, of neither, one window,
 # both orientations.
 SIZES = ((1, 224, 224), (2, 256, 192), (1, 97, 131), (3, 28, 28), (2, 333, 250), (1, 800, 1333))
+EXAMPLE = (333, 301)  # height and width of what is traced: every map of a pyramid has several cells
 NECKS_OF_MULTIPLES = ('mmdet.CSPNeXtPAFPN',)  # of 32
 RUN_OPTIONS = ('compile', 'attention')  # arguments of the backbone that do not concern a file
 
@@ -124,6 +125,8 @@ def export(
         try:
             example = pairs[1][0]
             names = exportable.output_names(len(exportable(example)))
+            if not size:  # torch.export may treat maps of one cell as a special case: have none
+                example = example.new_zeros((2, channels, *map(sides.fit, EXAMPLE)))
             metadata = describe(cfg, meta, exportable, names, preprocess)
             run = WRITERS[to](exportable, example, None if size else sides, file, opset, metadata)
         except (OSError, InputError):

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from swin_mm.analysis.export.dino import DinoTransformer
 from swin_mm.analysis.export.metadata import Input
 from swin_mm.analysis.export.operators import CUSTOM, PLAIN
+from swin_mm.analysis.export.query_heads import Mask2FormerQueries
 from swin_mm.analysis.export.replacements import DETECTORS, HEADS, class_name, exportable_copy
 from swin_mm.utils.errors import InputError
 
@@ -129,6 +130,15 @@ class Exportable(nn.Module):
             'image': lambda: 0.5,
             'box28': lambda: float(self.model.roi_head.head.test_cfg.mask_thr_binary),
         }[self.mask_format]()
+
+    @property
+    def defers_guards(self) -> bool:
+        """Whether the graph only seems to depend on sizes of 1, so that torch.export may assume that there are none.
+
+        Transformers over maps reshape much. torch.export decides there by whether a side is 1 if a reshape copies,
+        which does not change results; the comparison covers batches of 1.
+        """
+        return any(isinstance(module, Mask2FormerQueries | DinoTransformer) for module in self.modules())
 
     def output_names(self, count: int) -> list[str]:
         """The names of ``count`` outputs."""
