@@ -73,10 +73,13 @@ def main(args: Namespace) -> None:
     size = cli.parse_size('--size', args.size, 'x', least=1)
     out = args.out or Path(Path(args.config).stem + SUFFIXES[args.to])
     images = find_inputs(args.images) if args.images else []
+    cfg = cli.read_config(args)
+    if args.part != 'backbone' and (cfg.get('model', {}).get('test_cfg') or {}).get('mode') == 'slide':
+        console.print('warning: the config tests by sliding windows; the file takes, and is compared on, whole images')
     try:
         with console.status(f'exporting to {args.to}'):
             differences = export(
-                cli.read_config(args),
+                cfg,
                 args.checkpoint,
                 args.to,
                 out,

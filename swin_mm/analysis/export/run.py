@@ -116,6 +116,8 @@ def export(
     before = preprocess_module(cfg) if preprocess else None
     exportable = Exportable(model, part, before, onnx=to in ('onnx', 'openvino')).eval()
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
+    if preprocess and channels != 3:
+        raise InputError(f'--preprocess: the file would take RGB images, but the model takes {channels} channels')
     inputs = Inputs(cfg, model, channels, preprocess)
     sides = Sides(smallest_side(model), side_multiple(model))
     differences: list[Difference] = []
