@@ -1,12 +1,15 @@
 """tools/export.py: what it prints, and its errors."""
 
+import json
+
 import pytest
 import torch
 from mmengine.registry import MODELS
+from support import export_models
 
 import swin_mm  # noqa: F401 (registers the backbones)
 from swin_mm import cli
-from swin_mm.analysis.export import TOLERANCES
+from swin_mm.analysis.export import KEY, TOLERANCES
 
 BACKBONE = dict(
     type='swin_mm.SwinTransformer', embed_dims=16, depths=[2, 1], num_heads=[1, 2], strides=[4, 2], out_indices=[0, 1]
@@ -68,3 +71,21 @@ def test_unknown_part(export, capsys):
     with pytest.raises(SystemExit) as stopped:
         export('config.py', 'weights.pth', '--to', 'onnx', '--out', 'swin.onnx', '--part', 'neck')
     assert stopped.value.code == 2 and "invalid choice: 'neck'" in capsys.readouterr().err
+
+
+def test_a_whole_model_is_named_after_its_config_and_describes_itself(export, tmp_path, monkeypatch, capsys):
+    pytest.importorskip('mmseg')
+    config, checkpoint, _ = export_models.build('upernet', tmp_path)
+    monkeypatch.chdir(tmp_path)
+    options = ('--cfg-options', 'model.test_cfg.mode=slide')
+    assert export(config, checkpoint, '--to', 'torchscript', '--size', '96x64', '--preprocess', *options) == 0
+    text = capsys.readouterr().out
+    assert 'labels' in text and '2×3×64×96' in text and 'share of pixels' in text
+    assert 'the config tests by sliding windows' in text
+    extra = {KEY: ''}
+    model = torch.jit.load('upernet.pt', _extra_files=extra)
+    (labels,) = model(torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8))
+    assert labels.shape == (1, 64, 96) and labels.dtype == torch.int64
+    metadata = json.loads(extra[KEY])
+    assert metadata['task'] == 'semantic' and metadata['classes'] == list(export_models.CLASSES)
+    assert metadata['outputs'] == ['labels'] and metadata['resize'] == {'scale': [2048, 512], 'keep_ratio': True}

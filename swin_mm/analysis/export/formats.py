@@ -83,14 +83,9 @@ def to_graph(exportable: Exportable, image: Tensor, sides: Sides | None) -> Expo
     dims = {0: Dim('batch', min=1)}
     if sides is not None:
         dims |= {2: sides.dim('height'), 3: sides.dim('width')}
+    options: dict[str, Any] = {'prefer_deferred_runtime_asserts_over_guards': True} if exportable.defers_guards else {}
     with without_special_sizes():
-        program = torch.export.export(
-            exportable,
-            (image,),
-            dynamic_shapes=(dims,),
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=exportable.defers_guards,
-        )
+        program = torch.export.export(exportable, (image,), dynamic_shapes=(dims,), strict=False, **options)
     if exportable.defers_guards:
         for node in list(program.graph.nodes):
             if node.target in ASSERTIONS:
