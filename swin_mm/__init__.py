@@ -36,6 +36,7 @@ else:
             'LayerDecayOptimWrapperConstructor',
             'SwinTransformer',
             'SwinTransformerV2',
+            'config_path',
         ):
             raise needs_mmengine(f'{__name__}.{name}')
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
