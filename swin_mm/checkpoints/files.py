@@ -276,7 +276,12 @@ def write_checkpoint(content: Mapping[str, Any], path: str | os.PathLike[str], f
         if path.suffix == '.safetensors':
             from safetensors.torch import save
 
-            part.write_bytes(save(dict(content), metadata={'format': 'pt'}))
+            try:
+                part.write_bytes(save(dict(content), metadata={'format': 'pt'}))
+            except ModuleNotFoundError as error:
+                raise CheckpointError(
+                    f'{path}: safetensors needs {error.name} to write files; install it with: pip install {error.name}'
+                ) from error
             return
         try:
             torch.save(content, part)

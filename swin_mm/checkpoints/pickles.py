@@ -6,6 +6,7 @@ place, which check their arguments and create plain data: tensors, arrays of num
 and ``torch.load`` are not used: a file of a few bytes can make both allocate memory or loop without bound.
 """
 
+import ctypes
 import io
 import math
 import pickle
@@ -505,9 +506,16 @@ class BoundedFile:
             raise pickle.UnpicklingError('it ends too early')
         content = torch.empty(size, dtype=torch.uint8)
         # Every binary file has readinto, but BinaryIO does not declare it.
-        if size and self._file.readinto(content.numpy().data) != size:  # type: ignore[attr-defined]
+        if size and self._file.readinto(_memory(content)) != size:  # type: ignore[attr-defined]
             raise pickle.UnpicklingError('it ends too early')
         return content
+
+
+def _memory(content: Tensor) -> memoryview:
+    """The memory of a tensor of bytes on the CPU, to write to; ``Tensor.numpy`` would need numpy."""
+    memory = (ctypes.c_ubyte * content.numel()).from_address(content.data_ptr())
+    memory.owner = content  # type: ignore[attr-defined]  # the tensor lives as long as the view
+    return memoryview(memory)
 
 
 def read_pickle(file: BinaryIO, size: int, budget: Budget, names: Names, place: Callable[..., Tensor]) -> Any:
@@ -550,7 +558,7 @@ def _read_zip(file: BinaryIO, _: int, budget: Budget, names: Names, place: Calla
             """The bytes of a member, with its checksum compared."""
             budget.spend(info.file_size)
             content = torch.empty(info.file_size, dtype=torch.uint8)
-            view, done = content.numpy().data, 0
+            view, done = _memory(content), 0
             with archive.open(info) as part:
                 # Its type IO does not declare readinto.
                 while count := part.readinto(view[done : done + 2**22]):  # type: ignore[attr-defined]
@@ -567,7 +575,7 @@ def _read_zip(file: BinaryIO, _: int, budget: Budget, names: Names, place: Calla
                 raise pickle.UnpicklingError(f'storage {key} is not as long as the pickle says')
             return Storage(loaded[key].untyped_storage(), kind.dtype, size)
 
-        program = member(members[f'{root}data.pkl']).numpy().tobytes()
+        program = _memory(member(members[f'{root}data.pkl'])).tobytes()
         return Machine(budget, names, place, storage).run(io.BytesIO(program))
 
 

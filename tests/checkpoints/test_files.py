@@ -393,6 +393,32 @@ def test_invalid_targets_are_refused(tmp_path):
             write_checkpoint({}, tmp_path / name)
 
 
+def test_tensors_are_read_where_numpy_is_not_installed(tmp_path):
+    """torch and safetensors, the only requirements, do not bring it."""
+    state = {'w': torch.arange(6.0).view(2, 3), 'empty': torch.ones(0)}
+    torch.save(state, tmp_path / 'zip.pth')
+    torch.save(state, tmp_path / 'older.pth', _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / 'x.safetensors')
+    code = """
+import sys
+sys.modules.update(numpy=None, mmengine=None)
+import torch
+from swin_mm.checkpoints import CheckpointError, read_checkpoint, write_checkpoint
+for name in ('zip.pth', 'older.pth', 'x.safetensors'):
+    state = read_checkpoint(name)
+    assert torch.equal(state['w'], torch.arange(6.0).view(2, 3)) and not state['empty'].numel(), name
+write_checkpoint(state, 'written.pth')
+try:
+    write_checkpoint(state, 'written.safetensors')
+except CheckpointError as error:
+    assert 'install it with: pip install numpy' in str(error), error
+"""
+    environment = os.environ | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert torch.equal(read_checkpoint(tmp_path / 'written.pth')['w'], state['w'])
+
+
 class Site(http.server.BaseHTTPRequestHandler):
     """Files by path and query; those in ``cut`` break off after half of their content."""
 
