@@ -51,9 +51,8 @@ def test_kernels_compile_for_gpus_and_their_instructions_are_counted():
     'channels, targets', [('96', '90'), pytest.param('192,1536', '80,89,90', marks=pytest.mark.slow)], ids=['96', 'all']
 )
 def test_norms_compile_for_gpus(channels, targets):
-    options = ['--sm', targets, '--windows', '', '--cosine', '', '--norms', channels]
-    command = [sys.executable, '-m', 'benchmarks.kernel_resources', *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = f'-m benchmarks.kernel_resources --windows= --cosine= --norms {channels} --sm {targets}'.split()
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in done.stdout.splitlines()[2:]]
     add = ['add norm, training', 'add norm backward', 'add norm, training, NCHW', 'add norm backward, NCHW']
     names = [*add, 'norm add, training', 'norm add backward', 'merge norm, training', 'merge norm backward']
