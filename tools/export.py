@@ -63,6 +63,9 @@ def parse_args() -> Namespace:
     parser.add_argument(
         '--images', nargs='+', default=[], metavar='IMAGE', help="compare on these (default: of the config's test set)"
     )
+    parser.add_argument(
+        '--metrics', action='store_true', help="also compare the metrics on the config's test set, all of it"
+    )
     parser.add_argument('--force', action='store_true', help='replace FILE if it exists')
     return parser.parse_args()
 
@@ -89,6 +92,7 @@ def main(args: Namespace) -> None:
                 force=args.force,
                 preprocess=args.preprocess,
                 images=images,
+                metrics=args.metrics,
             )
     except ExportDiffersError as error:
         show(error.differences, args.to, console)

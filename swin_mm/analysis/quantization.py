@@ -111,7 +111,7 @@ def quantize(
     require_data(cfg, 'test')
     metadata = read_metadata(source)
     use_exported(cfg, source, dtype='fp32')
-    loader, evaluator = _test_set(cfg)
+    loader, evaluator = test_set(cfg)
     name, factor = '', 1.0
 
     def points(file: Any, batches: Iterable[dict]) -> float:
@@ -147,7 +147,7 @@ def quantize(
     return Quantized(name, before, after, *backend.count(quantized))
 
 
-def _test_set(cfg: Config) -> tuple[DataLoader, Evaluator]:
+def test_set(cfg: Config) -> tuple[DataLoader, Evaluator]:
     """The batches of a config's test set, one image each, and its metrics."""
     init_default_scope(cfg.default_scope)
     with config_errors(cfg):

@@ -258,3 +258,12 @@ def test_the_model_keeps_its_pooling(data, tmp_path):
     assert not [m for m in model.modules() if isinstance(m, AdaptivePool)]
     image = torch.randn(1, 3, 64, 96)
     torch.testing.assert_close(exportable(image)[0], model.encode_decode(image, [{'img_shape': (64, 96)}]))
+
+
+def test_metrics_of_the_model_and_of_the_file(data, tmp_path):
+    config, checkpoint, _ = whole('segmentation', data, tmp_path)
+    options = dict(part='predictions', size=(96, 64), preprocess=True, metrics=True)
+    rows = run(config, checkpoint, 'torchscript', tmp_path / 'swin.pt', **options)
+    assert rows[-1].images == (2,) and rows[-1].output.startswith('mIoU ') and rows[-1].value == 0
+    before, _, after = rows[-1].output.removeprefix('mIoU ').partition(' -> ')
+    assert before == after and 0 < float(before) < 100

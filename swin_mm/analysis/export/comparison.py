@@ -16,6 +16,8 @@ from swin_mm.utils.errors import one_line
 Run = Callable[[Tensor], Iterable[Tensor]]
 PARTNERS = 0.9  # IoU from which two boxes of the same class can be the same object
 
+METRIC = 'difference on the test set, in points'
+
 # What is compared -> the largest accepted value.
 TOLERANCES = {
     'largest difference / largest value': 1e-4,
@@ -24,6 +26,7 @@ TOLERANCES = {
     'largest difference of scores': 1e-3,
     'largest 1 - IoU of boxes': 0.02,
     'mean 1 - IoU of masks': 0.01,
+    METRIC: 0.5,
 }
 
 
@@ -31,8 +34,8 @@ class Difference(NamedTuple):
     """How far one output of the file is from PyTorch's on one batch of images.
 
     Args:
-        images: shape of the batch.
-        output: name of the output.
+        images: shape of the batch; of a metric, the number of images.
+        output: name of the output, or a metric with PyTorch's value and that of the file.
         shape: shape of PyTorch's output; for objects, how many there are in the batch.
         measure: what was compared, a key of ``TOLERANCES``.
         value: the result; infinite where shapes differ or the file does not run.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from swin_mm.utils.compat import custom_op
+
 
 class Operators(NamedTuple):
     """What the replacements in this package compute boxes with.
@@ -51,7 +53,7 @@ def kept_once(keep: Tensor, suppressors: Tensor) -> Tensor:
     return torch.bmm(keep.float()[:, None], suppressors)[:, 0] == 0
 
 
-@torch.library.custom_op('swin_mm::nms', mutates_args=())
+@custom_op('swin_mm::nms')
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     """Greedy non-maximum suppression: (B, N, 4), (B, N) -> (B, N) bool, the boxes that are kept.
 
@@ -84,7 +86,7 @@ def looped_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return torch.zeros_like(keep).scatter(1, order, keep)
 
 
-@torch.library.custom_op('swin_mm::roi_align', mutates_args=())
+@custom_op('swin_mm::roi_align')
 def roi_align(features: Tensor, rois: Tensor, size: list[int], scale: float, samples: int, aligned: bool) -> Tensor:
     """RoIAlign with average pooling: (B, C, H, W), (R, 5) -> (R, C, *size).
 

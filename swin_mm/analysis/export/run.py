@@ -85,6 +85,7 @@ def export(
     force: bool = False,
     preprocess: bool = False,
     images: Sequence[str | Path] = (),
+    metrics: bool = False,
 ) -> list[Difference]:
     """Export a model and compare the file with PyTorch; it is written only if the two agree.
 
@@ -99,6 +100,7 @@ def export(
         force: replace an existing file.
         preprocess: let the file normalise and pad; it then takes RGB images of type uint8.
         images: files to compare on; without any, images of the config's test set, or noise if there are none.
+        metrics: also compare the config's metrics, on its whole test set.
 
     Returns:
         The comparison, some entries per batch of images; empty for safetensors.
@@ -109,6 +111,8 @@ def export(
         ExportDiffersError: the file does not agree with PyTorch.
     """
     check_arguments(to, out, size, opset, force, preprocess)
+    if metrics and (part == 'backbone' or to == 'safetensors' or not cfg.get('test_dataloader')):
+        raise InputError('--metrics needs a whole model, whose config has a test set')
     model, meta = build(cfg, checkpoint, part)
     if to == 'safetensors':
         write_checkpoint({key: value.contiguous() for key, value in model.state_dict().items()}, out, force)
@@ -141,6 +145,10 @@ def export(
         for image, x in pairs:
             expected = reference_outputs(model, part, x, (image.shape[2], image.shape[3]))
             differences += compare(names, image, expected, run, metadata.mask_threshold)
+        if metrics and all(each.within_tolerance for each in differences):
+            from swin_mm.analysis.export.metrics import compare_metrics  # it imports modules that import this package
+
+            differences += compare_metrics(cfg, model, run, metadata)
         wrong = [each for each in differences if not each.within_tolerance]
         if wrong:
             worst = max(wrong, key=lambda each: each.value / TOLERANCES[each.measure])
