@@ -75,6 +75,8 @@ def install_command(module: str) -> str:
         again = '--force-reinstall --no-deps --no-cache-dir ' if module == 'mmcv._ext' else ''
         build = f'MMCV_WITH_OPS=1 pip install --no-build-isolation {again}{LINES[line]["mmcv"]}'
         return f'pip install {BUILD_TOOLS[line]} && {build}'
+    if module == 'mmengine' and line == 'onedl':  # it imports cv2, and does not require it
+        return f'pip install {LINES[line]["mmengine"]} {DISTRIBUTIONS["cv2"]}'
     return f'pip install {LINES[line].get(module) or DISTRIBUTIONS.get(module, module)}'
 
 

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,16 @@ def test_doctor_names_the_line_of_openmmlab(installed, tmp_path, monkeypatch):
     finally:
         environment.distributions_by_module.cache_clear()
     assert command == ('pip install mmdet==3.3.0' if installed == 'original' else 'pip install onedl-mmdetection')
+
+
+def test_mmengine_is_installed_with_opencv_as_long_as_it_does_not_require_it():
+    """The maintained one imports cv2; without it, `import swin_mm` would fail after the doctor's own command."""
+    try:
+        required = requires('onedl-mmengine')
+    except PackageNotFoundError:
+        pytest.skip('the original mmengine is installed, which requires opencv-python')
+    needed = not any(line.startswith('opencv') and 'extra ==' not in line for line in required)
+    assert ('opencv-python-headless' in environment.install_command('mmengine')) == needed
 
 
 @pytest.mark.parametrize('line, missing', [('onedl', False), ('original', True)])
