@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.tool_fixtures import ROOT
 
+from swin_mm.checkpoints import write_checkpoint
 from swin_mm.utils import environment
 
 SITE = Path(torch.__file__).parents[1]
@@ -100,18 +101,17 @@ options = dict(embed_dims=16, depths=(1,), num_heads=(1,), strides=(4,), out_ind
 trained, model = swin_mm.SwinPyramid(**options).eval(), swin_mm.SwinPyramid(**options).eval()
 image = torch.rand(1, 3, 40, 48)
 torch.save({'state_dict': trained.state_dict()}, 'trained.pth')
-write_checkpoint(trained.state_dict(), 'trained.safetensors')
-for file in ('trained.pth', 'trained.safetensors'):
-    model.load_state_dict({name: value.new_zeros(()).expand_as(value) for name, value in model.state_dict().items()})
-    weights, _ = adapt(unwrap(read_checkpoint(file)), model)
-    model.load_state_dict(weights)
-    assert torch.equal(model(image)[0], trained(image)[0])
+weights, _ = adapt(unwrap(read_checkpoint('trained.pth')), model)
+model.load_state_dict(weights)
+assert torch.equal(model(image)[0], trained(image)[0])
+assert read_checkpoint(FOLDER + '/one.safetensors')['w'].eq(1).all()
 torch.testing.assert_close(swin_mm.optimize_for_inference(model)(image)[0], trained(image)[0])
 swin_mm.SwinPyramidV2(**options)(image)[0].sum().backward()
-try:
-    read_checkpoint(ARRAYS)
-except CheckpointError as error:
-    print(error)
+for use in (lambda: read_checkpoint(FOLDER + '/arrays.pkl'), lambda: write_checkpoint(weights, 'new.safetensors')):
+    try:
+        use()
+    except CheckpointError as error:
+        print(error)
 try:
     import numpy, mmengine
 except ModuleNotFoundError as error:
@@ -122,11 +122,13 @@ from swin_mm import SwinTransformer
 
 
 def test_torch_and_safetensors_are_enough_for_the_plain_models(python_without, tmp_path):
-    arrays = tmp_path / 'arrays.pkl'
-    arrays.write_bytes(pickle.dumps({'w': np.zeros(2, np.float32)}))
-    done = python_without(command=('-c', f'ARRAYS = {str(arrays)!r}' + PLAIN), kept=CORE)
-    assert done.stdout.splitlines()[0].endswith('which is not installed; install it with: pip install numpy'), done
-    assert done.stdout.splitlines()[1] == "No module named 'numpy'"
+    (tmp_path / 'arrays.pkl').write_bytes(pickle.dumps({'w': np.zeros(2, np.float32)}))
+    write_checkpoint({'w': torch.ones(2)}, tmp_path / 'one.safetensors')
+    done = python_without(command=('-c', f'FOLDER = {str(tmp_path)!r}' + PLAIN), kept=CORE)
+    reading, writing, importing = done.stdout.splitlines() or pytest.fail(done.stderr)
+    assert reading.endswith('which is not installed; install it with: pip install numpy')
+    assert writing == 'new.safetensors cannot be written without numpy: pip install numpy, or write a .pth file'
+    assert importing == "No module named 'numpy'"
     assert done.stderr.splitlines()[-1].startswith(
         'swin_mm.utils.errors.DependencyError: swin_mm.SwinTransformer needs mmengine, which is not installed; '
         "install the extra det, seg or all: pip install 'swin_mm[det]'"
