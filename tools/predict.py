@@ -47,7 +47,7 @@ def parse_args() -> Namespace:
         '--overlap', type=float, default=0.2, metavar='SHARE', help='of a tile with the next (default: 0.2)'
     )
     cli.add_runtime(parser)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # inputs may stand behind options
     if is_exported(args.config):
         args.checkpoint, args.inputs = None, [args.checkpoint, *args.inputs]
     if not args.inputs:

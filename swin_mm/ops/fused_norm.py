@@ -529,15 +529,10 @@ _add_norm_backward_op.register_autograd(_no_second_derivative)
 _norm_add_backward_op.register_autograd(_no_second_derivative)
 
 
-def _operators_are_seen(x: Tensor) -> bool:
-    """Whether operators must be called, because someone looks at them or the tensor has no data."""
-    return x.is_meta or operators_are_seen(x)
-
-
 class _AddNorm(Function):
     @staticmethod
     def forward(ctx, x, branch, keep, weight, bias, eps, dtype, nchw):
-        run = _add_norm_op if _operators_are_seen(x) else _add_norm_forward
+        run = _add_norm_op if operators_are_seen(x) else _add_norm_forward
         total, out, mean, rstd = run(x, branch, keep, weight, bias, eps, dtype, True, nchw)
         if branch is None:
             total = x.view_as(x)
@@ -554,7 +549,7 @@ class _AddNorm(Function):
             grad_out = torch.zeros_like(total.movedim(-1, 1) if ctx.nchw else total)
         # Without a factor and with equal types, the two gradients are one.
         separate = branch_dtype is not None and (keep is not None or branch_dtype != x_dtype)
-        seen = torch.is_grad_enabled() or _operators_are_seen(grad_out)
+        seen = torch.is_grad_enabled() or operators_are_seen(grad_out)
         run = _add_norm_backward_op if seen else _add_norm_gradients
         dtypes = x_dtype, branch_dtype if separate else None
         grads = run(grad_total, grad_out, total.contiguous(), mean, rstd, keep, weight, *dtypes, ctx.nchw)
@@ -568,7 +563,7 @@ class _AddNorm(Function):
 class _NormAdd(Function):
     @staticmethod
     def forward(ctx, x, branch, keep, weight, bias, eps, total_dtype, dtype):
-        run = _norm_add_op if _operators_are_seen(x) else _norm_add_forward
+        run = _norm_add_op if operators_are_seen(x) else _norm_add_forward
         total, out, mean, rstd = run(x, branch, keep, weight, bias, eps, total_dtype, dtype, True)
         ctx.save_for_backward(branch, mean, rstd, keep, weight)
         ctx.set_materialize_grads(False)
@@ -581,7 +576,7 @@ class _NormAdd(Function):
         if grad_total is None and grad_out is None:
             return (None,) * 8
         same = grad_out is None and ctx.x_dtype == ctx.total_dtype
-        seen = torch.is_grad_enabled() or _operators_are_seen(branch)
+        seen = torch.is_grad_enabled() or operators_are_seen(branch)
         run = _norm_add_backward_op if seen else _norm_add_gradients
         grad_x, grad_branch, sums = run(
             grad_total, grad_out, branch.contiguous(), mean, rstd, keep, weight, None if same else ctx.x_dtype
@@ -618,7 +613,7 @@ def add_norm(
     tensors = (x, branch, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _AddNorm.apply(x, branch, keep, weight, bias, eps, dtype, nchw)
-    run = _add_norm_op if _operators_are_seen(x) else _add_norm_forward
+    run = _add_norm_op if operators_are_seen(x) else _add_norm_forward
     total, out, _, _ = run(x, branch, keep, weight, bias, eps, dtype, False, nchw)
     return x if branch is None else total, out
 
@@ -652,7 +647,7 @@ def norm_add(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, branch, weight, bias)):
         total, out = _NormAdd.apply(x, branch, keep, weight, bias, eps, total_dtype, copy)
     else:
-        run = _norm_add_op if _operators_are_seen(x) else _norm_add_forward
+        run = _norm_add_op if operators_are_seen(x) else _norm_add_forward
         total, out, _, _ = run(x, branch, keep, weight, bias, eps, total_dtype, copy, False)
     return total, total if copy is None else out
 
@@ -719,7 +714,7 @@ class _MergeNorm(Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, dtype):
         x = x.contiguous()
-        run = _merge_norm_op if _operators_are_seen(x) else _merge_norm_forward
+        run = _merge_norm_op if operators_are_seen(x) else _merge_norm_forward
         out, mean, rstd = run(x, weight, bias, eps, dtype, True)
         ctx.save_for_backward(x, mean, rstd, weight)
         return out
@@ -727,7 +722,7 @@ class _MergeNorm(Function):
     @staticmethod
     def backward(ctx, grad):
         x, mean, rstd, weight = ctx.saved_tensors
-        seen = torch.is_grad_enabled() or _operators_are_seen(grad)
+        seen = torch.is_grad_enabled() or operators_are_seen(grad)
         run = _merge_norm_backward_op if seen else _merge_norm_gradients
         grad_x, sums = run(grad, x, mean, rstd, weight)
         grad_weight, grad_bias = sums.to(weight.dtype)
@@ -749,7 +744,7 @@ def merge_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias)):
         return _MergeNorm.apply(x, weight, bias, eps, dtype)
-    run = _merge_norm_op if _operators_are_seen(x) else _merge_norm_forward
+    run = _merge_norm_op if operators_are_seen(x) else _merge_norm_forward
     return run(x, weight, bias, eps, dtype, False)[0]
 
 
@@ -801,7 +796,7 @@ def is_trusted(kind: str, x: Tensor, branch: Tensor | None, weight: Tensor, dtyp
     """
     if unsupported_reason(x.device, x.dtype, x.shape[-1]):
         return False
-    if _operators_are_seen(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if operators_are_seen(x) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return True
     dtypes = x.dtype, (x if branch is None else branch).dtype, weight.dtype, dtype
     key = Case(kind, torch.is_grad_enabled(), x.device, x.shape[-1], *dtypes)

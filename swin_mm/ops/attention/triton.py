@@ -659,8 +659,8 @@ class _WindowAttention(Function):
 
 
 def operators_are_seen(qkv: Tensor) -> bool:
-    """Whether someone may look at the operators: a compiler, a tensor subclass, a dispatch mode, a transform."""
-    if torch.compiler.is_compiling() or type(qkv) is not Tensor:
+    """Whether someone may look at the operators: a compiler, a tensor without data or of a subclass, a mode, a transform."""
+    if torch.compiler.is_compiling() or type(qkv) is not Tensor or qkv.is_meta:
         return True
     # There is no public API. Where this private one is missing, the operators are used always.
     return functorch_active() or getattr(torch._C, '_len_torch_dispatch_stack', lambda: 1)() > 0
