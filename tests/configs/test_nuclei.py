@@ -6,6 +6,7 @@ import shlex
 import sqlite3
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -126,6 +127,9 @@ def effect(wish: str, work_dir: Path, log: str) -> None:
         assert list(work_dir.glob('mlruns/*/artifacts/config.py'))
 
 
+run = partial(run_tool, timeout=1800)  # a machine may be busy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('wish', table())
 def test_lines_for_more_in_training(wish, tmp_path):
@@ -139,11 +143,11 @@ def test_lines_for_more_in_training(wish, tmp_path):
     epochs = 6 if wish == 'early stopping' else 2
     text += f'train_cfg.update(max_epochs={epochs})\nparam_scheduler = []\n'
     (tmp_path / 'mine.py').write_text(text)
-    log = run_tool('train', 'mine.py', *options, cwd=tmp_path, timeout=1800)
+    log = run('train', 'mine.py', *options, cwd=tmp_path)
     assert 'is not in the config' not in log
     effect(wish, tmp_path / 'work_dirs/mine', log)
     if 'EMA' in wish:  # its checkpoint holds two sets of weights
-        run_tool('test', 'mine.py', next(tmp_path.glob('work_dirs/mine/epoch_*.pth')), cwd=tmp_path)
+        run('test', 'mine.py', next(tmp_path.glob('work_dirs/mine/epoch_*.pth')), cwd=tmp_path)
 
 
 @pytest.fixture(scope='module')
@@ -192,14 +196,14 @@ def four_channel_config(task: str) -> str:
 def test_four_channels_of_sixteen_bits_from_training_to_looking(task, four_channels, tmp_path):
     (tmp_path / 'data').symlink_to(four_channels / 'data')
     (tmp_path / 'mine_four.py').write_text(four_channel_config(task))
-    run_tool('train', 'mine_four.py', cwd=tmp_path, timeout=1800)
+    run('train', 'mine_four.py', cwd=tmp_path)
     checkpoint = next(tmp_path.glob('work_dirs/mine_four/*_[0-9]*.pth'))
     if task == 'segmentation':
-        tested = run_tool('test', 'mine_four.py', checkpoint, '--work-dir', 'tested', cwd=tmp_path)
+        tested = run('test', 'mine_four.py', checkpoint, '--work-dir', 'tested', cwd=tmp_path)
         assert json.loads(next(tmp_path.glob('tested/*/*.json')).read_text())['mIoU'] > 60, tested
-        assert 'no problems found' in run_tool('check_data', 'mine_four.py', '--workers', '1', cwd=tmp_path)
-    run_tool('predict', 'mine_four.py', checkpoint, 'data/mine16/val', '--out', 'seen', cwd=tmp_path)
+        assert 'no problems found' in run('check_data', 'mine_four.py', '--workers', '1', cwd=tmp_path)
+    run('predict', 'mine_four.py', checkpoint, 'data/mine16/val', '--out', 'seen', cwd=tmp_path)
     assert len(list(tmp_path.glob('seen/pred/*'))) == len(list(tmp_path.glob('seen/vis/*.jpg'))) == 4
     image = next(four_channels.glob('data/mine16/val/*.tif'))
-    run_tool('look', 'mine_four.py', image, checkpoint, '--out', 'looks', cwd=tmp_path)
+    run('look', 'mine_four.py', image, checkpoint, '--out', 'looks', cwd=tmp_path)
     assert (tmp_path / 'looks/features.png').exists()
