@@ -1,9 +1,10 @@
 """Which of the libraries that swin_mm depends on work here, and the command that fixes each one that does not."""
 
 import importlib.util
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
-from importlib.metadata import packages_distributions
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions
 
 from swin_mm.utils.errors import DependencyError
 
@@ -125,7 +126,14 @@ def require(*modules: str) -> None:
 
 def find_distributions(module: str) -> list[str]:
     """Names of the installed distributions that contain a module; more than one overwrite each other's files."""
-    return sorted({name.replace('_', '-') for name in distributions_by_module().get(module.partition('.')[0], [])})
+    package = module.partition('.')[0]
+    found = {name.replace('_', '-') for name in distributions_by_module().get(package, [])}
+    # Python 3.10 does not find the modules of distributions without top_level.txt, such as onedl-mmengine.
+    for line in LINES.values():
+        if package in line:
+            with suppress(PackageNotFoundError):
+                found.add(distribution(line[package].partition('==')[0]).metadata['Name'].replace('_', '-'))
+    return sorted(found)
 
 
 @cache

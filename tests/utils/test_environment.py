@@ -36,6 +36,7 @@ def python_without(tmp_path):
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(source)
         environment = os.environ | {'PYTHONPATH': f'{site}:{ROOT}', 'COLUMNS': '100'}
+        environment.pop('TRITON_INTERPRET', None)  # the interpreter needs numpy
         return subprocess.run(
             [sys.executable, '-S', *command], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300
         )
@@ -127,7 +128,7 @@ def test_torch_and_safetensors_are_enough_for_the_plain_models(python_without, t
     done = python_without(command=('-c', f'FOLDER = {str(tmp_path)!r}' + PLAIN), kept=CORE)
     reading, writing, importing = done.stdout.splitlines() or pytest.fail(done.stderr)
     assert reading.endswith('which is not installed; install it with: pip install numpy')
-    assert writing == 'new.safetensors cannot be written without numpy: pip install numpy, or write a .pth file'
+    assert 'safetensors needs numpy to write files' in writing
     assert importing == "No module named 'numpy'"
     assert done.stderr.splitlines()[-1].startswith(
         'swin_mm.utils.errors.DependencyError: swin_mm.SwinTransformer needs mmengine, which is not installed; '
@@ -151,7 +152,8 @@ def test_doctor_names_the_line_of_openmmlab(installed, tmp_path, monkeypatch):
         info = tmp_path / f'{name}-1.0.dist-info'
         info.mkdir()
         (info / 'METADATA').write_text(f'Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n')
-        (info / 'top_level.txt').write_text(module)
+        if module != 'mmengine':  # onedl-mmengine has none, and Python 3.10 looks nowhere else
+            (info / 'top_level.txt').write_text(module)
     monkeypatch.setattr(sys, 'path', [str(tmp_path)])
     environment.distributions_by_module.cache_clear()
     try:
