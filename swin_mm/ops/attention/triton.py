@@ -659,7 +659,7 @@ class _WindowAttention(Function):
 
 
 def operators_are_seen(qkv: Tensor) -> bool:
-    """Whether someone may look at the operators: a compiler, a tensor without data or of a subclass, a mode, a transform."""
+    """Whether operators are needed: for compilers, tensor subclasses, meta tensors, dispatch modes and transforms."""
     if torch.compiler.is_compiling() or type(qkv) is not Tensor or qkv.is_meta:
         return True
     # There is no public API. Where this private one is missing, the operators are used always.
