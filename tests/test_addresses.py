@@ -39,9 +39,9 @@ HOSTS = {
         'download.pytorch.org',
         'mmwheels.onedl.ai',
     ),
-    'sceneparsing.csail.mit.edu',
+    *('localhost', 'sceneparsing.csail.mit.edu'),
 }
-NO_HTTPS = {'sceneparsing.csail.mit.edu'}
+NO_HTTPS = {'localhost', 'sceneparsing.csail.mit.edu'}
 
 
 def addresses(path: Path) -> Iterator[str]:
