@@ -7,10 +7,13 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
+from support import export_models
 
 from swin_mm.analysis.export.comparison import compare, paste_masks
-from swin_mm.analysis.export.operators import best, looped_nms, nms, onnx_translations
+from swin_mm.analysis.export.operators import CUSTOM, best, looped_nms, nms, onnx_translations
 from swin_mm.analysis.export.query_heads import edges
+from swin_mm.analysis.export.replacements import exportable_copy
+from swin_mm.analysis.export.roi_heads import RoIExtractor
 from swin_mm.analysis.export.run import preprocess_module
 
 
@@ -178,3 +181,27 @@ def test_masks_are_pasted_as_mmdet_does():
     )
     ours = paste_masks(masks, boxes[0], (70, 90)) >= 0.5
     assert (ours != results[0].masks).float().mean() < 1e-4
+
+
+def test_regions_are_pooled_from_the_levels_of_mmdet():
+    extractors = pytest.importorskip('mmdet.models.roi_heads.roi_extractors')
+    layer = dict(type='RoIAlign', output_size=7, sampling_ratio=0)
+    theirs = extractors.SingleRoIExtractor(layer, out_channels=4, featmap_strides=[4, 8, 16, 32])
+    feats = tuple(torch.randn(2, 4, 512 // stride, 640 // stride) for stride in (4, 8, 16, 32))
+    low = torch.rand(60, 2) * 200
+    sides = torch.logspace(0, 2.8, 60)[:, None] * torch.tensor([1.0, 0.7])  # up to 630 pixels: every level
+    rois = torch.cat((torch.arange(60)[:, None] % 2, low, low + sides), dim=1)
+    assert len(theirs.map_roi_levels(rois, 4).unique()) == 4
+    torch.testing.assert_close(RoIExtractor(theirs, CUSTOM)(feats, rois), theirs(feats, rois))
+
+
+def test_the_pixel_decoder_is_mmdets(tmp_path):
+    pytest.importorskip('mmseg')
+    _, _, model = export_models.build('mask2former-semantic', tmp_path)
+    theirs = model.decode_head.pixel_decoder
+    ours = exportable_copy(model, CUSTOM, heads=False, pooling=False).decode_head.pixel_decoder
+    feats = [torch.randn(2, 16 * 2**i, 48 // 2**i, 40 // 2**i) for i in range(4)]
+    with torch.no_grad():
+        expected, actual = theirs(feats), ours(feats)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-4, atol=1e-4)
