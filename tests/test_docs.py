@@ -138,7 +138,9 @@ def each(pieces: list[Piece]) -> pytest.MarkDecorator:
 
 def test_every_code_block_has_a_known_kind():
     for language, block in blocks():
-        assert language in ('', 'sh', 'python', 'text'), block
+        assert language in ('', 'sh', 'python', 'text', 'json'), block
+        if language == 'json':
+            json.loads(block.text)
         if not language:
             assert STARTS_COMMANDS.match(block.text) or block.text.startswith(OUTPUTS), f'{block}: say ```sh or ```text'
     for pattern in NOT_RUN:
@@ -275,8 +277,9 @@ def shrink(cfg: Config) -> Config:
     backbone = cfg.model.backbone
     if 'Swin' not in str(backbone.type):
         return cfg
+    channels = backbone.get('in_channels', 3)  # of images
     narrow(cfg.model, (ARCHS[backbone.get('arch', 't')] | backbone)['embed_dims'] // ARCH['embed_dims'])
-    backbone.update(ARCH)
+    backbone.update(ARCH, in_channels=channels)
     if '://' in str(backbone.get('init_cfg')):
         backbone.init_cfg = None
     small = {'scale': (96, 64), 'scales': [(96, 64)], 'crop_size': (64, 64), 'size': (64, 64)}
