@@ -71,6 +71,8 @@ def test_compiled_graphs_use_the_fused_kernels(pyramid):
 def test_exported_graphs_run_without_this_package(pyramid, strict):
     if strict and compat.TORCH < (2, 5):
         pytest.skip('a strict export fails: torch 2.4 expects that a bias is used either by its layer or by itself')
+    if strict and pyramid is SwinPyramidV2 and compat.TORCH < (2, 9):
+        pytest.skip('a strict export fails: torch 2.8 does not trace torch.amp.is_autocast_available')
     torch.compiler.reset()
     with torch.no_grad():
         program = torch.export.export(pyramid(**TINY).eval(), (torch.rand(1, 3, 32, 32),), strict=strict)
