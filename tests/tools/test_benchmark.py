@@ -147,7 +147,7 @@ def test_launches_and_bytes_are_counted(tool, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr('sys.argv', ['benchmark', '--quick', '--preset', 'count', '--out', str(tmp_path)])
     assert benchmark.main(benchmark.parse_args()) == 0
     results = {(r['case'], r['autocast'], r['candidate']): r for r in json.loads((tmp_path / 'count.json').read_text())}
-    assert len(results) == 11
+    assert len([name for *_, name in results if name != 'timm']) == 11  # timm is there or not
     for case in {case for case, autocast, _ in results if autocast}:
         ours, theirs = (results[case, True, name] for name in ('ours', 'mmdet'))
         assert ours['launches'] < theirs['launches'] and ours['bytes'] < theirs['bytes']
