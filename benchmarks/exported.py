@@ -10,8 +10,8 @@ Candidates take turns in one process, and ratios are taken round by round; the p
 its own, from before the file is loaded.
 """
 
+import gc
 import json
-import resource
 import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
@@ -45,11 +45,16 @@ FILES = {
 BARS = {'fp32': 1.5, 'int8': 2.5}  # for the faster of the two runtimes
 
 
-def stock_model(task: str, quick: bool) -> tuple[nn.Module, dict]:
-    """The stock model with random weights, and an image."""
+def stock_model(task: str, quick: bool) -> nn.Module:
+    """The stock model with random weights."""
     torch.manual_seed(0)
-    model, data = whole_model('stock', Case(INFER, 'fp32', image_size(task, quick), 1, task), 'cpu', quick)
-    return model.eval(), data
+    model, _ = whole_model('stock', Case(INFER, 'fp32', image_size(task, quick), 1, task), 'cpu', quick)
+    return model.eval()
+
+
+def example(task: str, quick: bool) -> dict:
+    """An image as a model takes it; the tiny model that comes with it does not matter."""
+    return whole_model('stock', Case(INFER, 'fp32', image_size(task, quick), 1, task), 'cpu', True)[1]
 
 
 def image_size(task: str, quick: bool) -> tuple[int, int]:
@@ -64,7 +69,7 @@ def prepare(task: str, folder: Path, quick: bool) -> None:
     import openvino
 
     folder.mkdir(parents=True, exist_ok=True)
-    model, data = stock_model(task, quick)
+    model, data = stock_model(task, quick), example(task, quick)
     checkpoint, file = folder / f'{task}.pth', folder / f'{task}.onnx'
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, checkpoint)
     if not file.exists():
@@ -77,14 +82,15 @@ def prepare(task: str, folder: Path, quick: bool) -> None:
     onnx.save(calibrate(onnx.load(file), images, metadata.input.name, file), folder / f'{task}-int8.onnx')
 
 
-def build(task: str, name: str, folder: Path, quick: bool) -> Callable[[], Any]:
+def build(task: str, name: str, folder: Path, quick: bool, data: dict) -> Callable[[], Any]:
     """The step of a candidate: pixels to predictions."""
-    model, data = stock_model(task, quick)
-    if name == 'ours in PyTorch':
-        ours, _ = whole_model('ours', Case(INFER, 'fp32', image_size(task, quick), 1, task), 'cpu', quick)
-        ours.load_state_dict(model.state_dict())
-        model = optimized(ours.eval())
-    elif name != 'stock':
+    if name == 'stock':
+        model: Any = stock_model(task, quick)
+    elif name == 'ours in PyTorch':
+        model, _ = whole_model('ours', Case(INFER, 'fp32', image_size(task, quick), 1, task), 'cpu', quick)
+        model.load_state_dict(stock_model(task, quick).state_dict())
+        model = optimized(model.eval())
+    else:
         suffix, runtime, dtype = FILES[name]
         model = ExportedModel(str(folder / f'{task}{suffix}'), runtime, dtype)
 
@@ -96,28 +102,37 @@ def build(task: str, name: str, folder: Path, quick: bool) -> Callable[[], Any]:
 
 
 def peak_memory(task: str, name: str, folder: Path, quick: bool) -> int:
-    """Bytes of memory that a candidate takes at most while it is built and runs twice, in this process."""
-    importing = build(task, 'stock', folder, True)  # what libraries take does not count
-    importing()
-    del importing
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = build(task, name, folder, quick)
+    """Bytes of memory that a candidate takes at most while it is built and runs twice, in this process (Linux)."""
+    data = example(task, quick)
+    step = build(task, 'stock', folder, True, example(task, True))  # what libraries take does not count
+    step()
+    del step
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')  # forget the peak so far
+    before = memory('VmRSS')
+    step = build(task, name, folder, quick, data)
     step()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return memory('VmHWM') - before
+
+
+def memory(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
 def measure(task: str, folder: Path, quick: bool) -> dict[str, dict[str, Any]]:
     """Time the candidates of a task in turns; a row for each."""
     names = ['stock', 'ours in PyTorch', *FILES]
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-    steps = {}
+    steps, data = {}, example(task, quick)
     for name, row in rows.items():
         command = [sys.executable, '-m', 'benchmarks.exported', '--memory', task, name, '--out', str(folder)]
         done = subprocess.run([*command, *['--quick'] * quick], capture_output=True, text=True, cwd=ROOT, check=False)
         row['memory'] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
         try:
-            steps[name] = build(task, name, folder, quick)
+            steps[name] = build(task, name, folder, quick, data)
             steps[name]()
         except Exception as error:  # bf16 or a library may be missing
             row['note'] = ' '.join(str(error).split())[:120]
