@@ -27,7 +27,7 @@ from swin_mm.ops import fused_norm
 from swin_mm.ops.attention import triton as kernel
 from swin_mm.utils.files import atomic_write
 
-PROGRAMS = 264  # of attention's backward that an H100 runs at a time: 132 multiprocessors, two each
+PROGRAMS = 132 * kernel.PROGRAMS_PER_SM['backward']  # of attention's backward that an H100 runs at a time
 META = torch.device('meta')
 # Operators that start no kernel though their schema does not say that they return a view.
 FREE = {

@@ -34,7 +34,6 @@ DTYPES = {'bf16': torch.bfloat16, 'fp16': torch.float16, 'fp32': torch.float32}
 TYPES = {torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float32: '*fp32', float: 'fp32', int: 'i32'}
 # Shared memory of an SM and threads that it holds, in CUDA's table of compute capabilities; 64 K registers each.
 SMS = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048)}
-# The windows that models have: V1's 7 and 12, V2's 8, 16 and 24.
 HEADER = ('kernel', 'window or C', 'dtype', 'sm', 'registers', 'spills', 'shared KB', 'programs/SM', 'loop', 'all')
 
 

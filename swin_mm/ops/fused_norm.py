@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from swin_mm.ops.attention.triton import operators_are_seen
+from swin_mm.ops.attention.triton import launch, operators_are_seen
 from swin_mm.ops.verification import LIMITS, verified
 from swin_mm.utils.compat import custom_op
 
@@ -82,6 +82,14 @@ def _normalise(values, exists, eps, C: tl.constexpr):
     centred = tl.where(exists, values - mean[:, None], 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, 1) / C + eps)
     return mean, rstd, centred * rstd[:, None]
+
+
+@_jit
+def _restore(values, mean, rstd, i, rows, exists):
+    """Inverse standard deviation of each row, and the rows normalised, from what the forward saved."""
+    row_rstd = tl.load(rstd + i, mask=i < rows, other=0.0)
+    centred = tl.where(exists, values - tl.load(mean + i, mask=i < rows, other=0.0)[:, None], 0.0)
+    return row_rstd, centred * row_rstd[:, None]
 
 
 @_jit
@@ -242,9 +250,7 @@ def _add_norm_backward(
         else:
             g = tl.load(grad_out + at, mask=exists, other=0.0).to(tl.float32)
         values = tl.load(total + at, mask=exists, other=0.0).to(tl.float32)
-        row_rstd = tl.load(rstd + i, mask=i < rows, other=0.0)
-        centred = tl.where(exists, values - tl.load(mean + i, mask=i < rows, other=0.0)[:, None], 0.0)
-        unit = centred * row_rstd[:, None]
+        row_rstd, unit = _restore(values, mean, rstd, i, rows, exists)
         grad = _normalise_backward(g * w, unit, row_rstd, C)
         if TOTAL:
             grad += tl.load(grad_total + at, mask=exists, other=0.0).to(tl.float32)
@@ -304,9 +310,7 @@ def _norm_add_backward(
         if KEEP:
             g *= _load_keep(keep, i, rows, image_rows)
         values = tl.load(branch + at, mask=exists, other=0.0).to(tl.float32)
-        row_rstd = tl.load(rstd + i, mask=i < rows, other=0.0)
-        centred = tl.where(exists, values - tl.load(mean + i, mask=i < rows, other=0.0)[:, None], 0.0)
-        unit = centred * row_rstd[:, None]
+        row_rstd, unit = _restore(values, mean, rstd, i, rows, exists)
         grad = _normalise_backward(g * w, unit, row_rstd, C)
         tl.store(grad_branch + at, grad.to(grad_branch.dtype.element_ty), mask=exists)
         sum_weight += tl.sum(g * unit, 0)
@@ -330,12 +334,6 @@ def _launch(
     warps = 8 if ROWS * COLUMNS > TILE else 4
     arguments = (*(first if t is None else t for t in tensors), *numbers)
     launch(kernel, programs, arguments, {**constants, 'ROWS': ROWS, 'COLUMNS': COLUMNS, 'num_warps': warps})
-
-
-def launch(kernel, programs: int, arguments: tuple, constants: dict[str, Any]) -> None:
-    """Start a kernel on the device of its first argument. Everything that runs goes through this function."""
-    with torch.cuda.device_of(arguments[0]):  # kernels start on the current device
-        kernel[(programs,)](*arguments, **constants)
 
 
 def _tile_sides(channels: int, largest: int = 0) -> tuple[int, int]:

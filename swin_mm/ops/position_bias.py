@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from swin_mm.ops.windows import Size, functorch_active, relative_index
+from swin_mm.ops.windows import Size, is_transformed, relative_index
 from swin_mm.utils.compat import custom_op, is_exporting
 
 
@@ -27,7 +27,7 @@ def position_bias(table: Tensor, window: Size, table_window: Size) -> Tensor:
         (h, N, N), query by key.
     """
     eager = not torch.compiler.is_compiling()
-    if is_exporting() or (eager and (torch.jit.is_tracing() or _is_transformed(table))):
+    if is_exporting() or (eager and (torch.jit.is_tracing() or is_transformed(table))):
         index = relative_index(window, table_window, table.device)
         return table[index.flatten()].unflatten(0, index.shape).permute(2, 0, 1).contiguous()
     return _Gather.apply(table, window, table_window)
@@ -55,10 +55,6 @@ def _table_gradient_op(grad: Tensor, window: Sequence[int], table_window: Sequen
 @_table_gradient_op.register_fake
 def _(grad: Tensor, window: Sequence[int], table_window: Sequence[int]) -> Tensor:
     return grad.new_empty((2 * table_window[0] - 1) * (2 * table_window[1] - 1), grad.shape[0])
-
-
-def _is_transformed(x: Tensor) -> bool:
-    return functorch_active() or forward_ad.unpack_dual(x).tangent is not None
 
 
 class _Gather(Function):

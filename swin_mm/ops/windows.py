@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 Size = tuple[int, int]
 Result = TypeVar('Result')
@@ -30,6 +30,11 @@ def functorch_active() -> bool:
     """Whether a transform of :mod:`torch.func` (jvp, vmap, grad ...) is running."""
     # There is no public API. Where this private one is missing, transforms reach the kernels and raise an error there.
     return getattr(torch._C, '_are_functorch_transforms_active', bool)()
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether forward-mode differentiation or a transform of :mod:`torch.func` acts on a tensor."""
+    return functorch_active() or forward_ad.unpack_dual(x).tangent is not None
 
 
 def recording() -> bool:

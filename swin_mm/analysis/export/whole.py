@@ -125,11 +125,9 @@ class Exportable(nn.Module):
     @property
     def mask_threshold(self) -> float | None:
         """What is above it belongs to the object."""
-        return {
-            None: lambda: None,
-            'image': lambda: 0.5,
-            'box28': lambda: float(self.model.roi_head.head.test_cfg.mask_thr_binary),
-        }[self.mask_format]()
+        if self.mask_format == 'box28':
+            return float(self.model.roi_head.head.test_cfg.mask_thr_binary)
+        return 0.5 if self.mask_format == 'image' else None
 
     @property
     def defers_guards(self) -> bool:

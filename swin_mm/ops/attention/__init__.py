@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from swin_mm.ops.attention import cpu, reference, sdpa, self_check, triton
-from swin_mm.ops.windows import Size, functorch_active
+from swin_mm.ops.windows import Size, is_transformed
 from swin_mm.utils.compat import is_exporting
 
 _FUSED = {'sdpa': sdpa, 'cpu': cpu, 'triton': triton}
@@ -37,7 +37,7 @@ def auto(
     name = PREFERRED.get(qkv.device.type, 'sdpa')
     if is_exporting() or torch.jit.is_tracing():
         name = 'sdpa'
-    elif not torch.compiler.is_compiling() and (qkv.dtype == torch.float64 or _is_transformed(qkv)):
+    elif not torch.compiler.is_compiling() and (qkv.dtype == torch.float64 or is_transformed(qkv)):
         return reference.attention(qkv, pad, bias, window, shift, scale, dropout)
     elif reason_against(name, qkv, bias, dropout) or (
         name == 'triton' and not self_check.is_trusted(triton.attention, qkv, bias, window, scale)
@@ -67,11 +67,6 @@ def require_kernel(
     if reason:
         raise RuntimeError(f"attention={name!r} cannot be used here: {reason}; use attention='auto' or 'reference'")
     return _FUSED[name].attention(qkv, pad, bias, window, shift, scale, dropout)
-
-
-def _is_transformed(qkv: Tensor) -> bool:
-    """Whether forward-mode differentiation or a transform of :mod:`torch.func` acts on the input."""
-    return functorch_active() or forward_ad.unpack_dual(qkv).tangent is not None
 
 
 def reason_against(name: str, qkv: Tensor, bias: Tensor, dropout: float) -> str:

@@ -169,6 +169,13 @@ def _unit_backward(grad, x, COSINE: tl.constexpr):
 
 
 @_jit
+def _load_keys(qkv, pad, rows, real, holds, head, C, D: tl.constexpr, COSINE: tl.constexpr):
+    """Keys, of length 1 for cosine attention, and values of the slots."""
+    keys = _queries(qkv, pad, rows, real, head, C, D) + C
+    return _unit(_load(keys, holds, D), COSINE), _load(keys + C, holds, D)
+
+
+@_jit
 def _dot(a, b):
     return tl.dot(a, b, input_precision='ieee')  # float32 is not rounded to tf32
 
@@ -227,9 +234,7 @@ def _forward(
             for start in range(0, SLOTS, BLOCK):
                 j = start + tl.arange(0, BLOCK)
                 rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
-                keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
-                k = _unit(_load(keys, holds_j, D), COSINE)
-                v = _load(keys + C, holds_j, D)
+                k, v = _load_keys(qkv, pad, rows_j, real_j, holds_j, head, C, D, COSINE)
                 bias_tile = _load_bias(bias, head, i[:, None], j[None, :], SHAPE)
                 scores = _scores(q, k, i, j, bias_tile, factor, cuts, SHAPE)
                 m_prev = m_i
@@ -345,9 +350,7 @@ def _backward_q(
         for start in range(0, SHAPE[0] * SHAPE[2], BLOCK):
             j = start + tl.arange(0, BLOCK)
             rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
-            keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
-            k = _unit(_load(keys, holds_j, D), COSINE)
-            v = _load(keys + C, holds_j, D)
+            k, v = _load_keys(qkv, pad, rows_j, real_j, holds_j, head, C, D, COSINE)
             bias_tile = _load_bias(bias, head, i[:, None], j[None, :], SHAPE)
             weights = tl.exp2(_scores(unit_q, k, i, j, bias_tile, factor, cuts, SHAPE) - log_sum[:, None])
             grad_scores = weights * (_dot(g, tl.trans(v)) - product[:, None])
@@ -436,9 +439,7 @@ def _backward_bias(
         rows_i, real_i, holds_i = _place(location, i, geometry, SHAPE)
         rows_j, real_j, holds_j = _place(location, j, geometry, SHAPE)
         q = _unit(_load(_queries(qkv, pad, rows_i, real_i, head, C, D), holds_i, D), COSINE)
-        keys = _queries(qkv, pad, rows_j, real_j, head, C, D) + C
-        k = _unit(_load(keys, holds_j, D), COSINE)
-        v = _load(keys + C, holds_j, D)
+        k, v = _load_keys(qkv, pad, rows_j, real_j, holds_j, head, C, D, COSINE)
         g = _load(grad + _offset(rows_i, C) + head * D, real_i, D)
         sums = (window * heads + head) * N + token_i
         log_sum = tl.load(lse + sums, mask=holds_i, other=float('inf'))
