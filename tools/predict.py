@@ -63,7 +63,7 @@ def main(args: Namespace) -> None:
         cfg = config_of(args.config, args.runtime, args.dtype)
         args.device, args.dtype = 'cpu', 'fp32'
     elif args.runtime:
-        raise InputError(f'--runtime {args.runtime}: {args.config} is no exported file')
+        raise InputError(f'--runtime {args.runtime}: {args.config} is not an exported file')
     else:
         cfg = cli.read_config(args)
     if args.batch_size < 1:

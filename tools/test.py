@@ -55,7 +55,7 @@ def main(args: Namespace) -> None:
         use_exported(cfg, checkpoint, args.runtime, dtype)
         checkpoint, dtype = None, 'fp32'
     elif args.runtime:
-        raise InputError(f'--runtime {args.runtime}: {checkpoint} is no exported file')
+        raise InputError(f'--runtime {args.runtime}: {checkpoint} is not an exported file')
     testing.test(
         cfg,
         checkpoint,

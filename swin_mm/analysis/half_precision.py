@@ -22,7 +22,7 @@ from mmengine.config import Config
 
 from swin_mm.analysis.export.comparison import compare, paste_masks
 from swin_mm.analysis.export.metadata import Metadata
-from swin_mm.analysis.runtime import read_metadata, sample_images
+from swin_mm.analysis.runtime import onnxruntime_run, read_metadata, sample_images
 from swin_mm.utils.errors import InputError
 
 LARGEST = 65504.0
@@ -262,9 +262,7 @@ def session(model: Any, threads: int = 1) -> Callable[[np.ndarray], Batch]:
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     loaded = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
-    (name,) = (each.name for each in loaded.get_inputs())
-    outputs = [each.name for each in loaded.get_outputs()]
-    return lambda image: dict(zip(outputs, loaded.run(outputs, {name: image}), strict=True))
+    return onnxruntime_run(loaded)
 
 
 def layer_precisions(keep: Iterable[str]) -> dict[str, str]:
@@ -311,7 +309,7 @@ def examine(cfg: Config, source: Path, count: int, margin: float = MARGIN) -> tu
         The report, and the ``onnx.ModelProto``.
 
     Raises:
-        InputError: the file is no ONNX file, or cannot be read.
+        InputError: the file is not an ONNX file, or cannot be read.
     """
     import onnx
 

@@ -1,4 +1,4 @@
-"""INT8 versions of exported files, by NNCF, with the metrics before and after."""
+"""INT8 quantization of exported files with NNCF, and their metrics before and after."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
@@ -20,8 +20,11 @@ from swin_mm.analysis.half_precision import prediction_layers
 from swin_mm.analysis.runtime import (
     ExportedFile,
     ExportedModel,
+    LoadedFile,
     Run,
     import_library,
+    onnxruntime_run,
+    openvino_run,
     read_metadata,
     sample_images,
     use_exported,
@@ -54,16 +57,6 @@ class Quantized(NamedTuple):
 
 class AccuracyError(RuntimeError):
     """The INT8 file loses more than the permitted points. It was not written."""
-
-
-class _InMemory(NamedTuple):
-    """A compiled model in the place of an :class:`ExportedFile`."""
-
-    run: Run
-    metadata: Metadata
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return self.run(images)
 
 
 def check_arguments(source: Path, out: Path, force: bool) -> None:
@@ -116,7 +109,7 @@ def quantize(
 
     def points(file: Any, batches: Iterable[dict]) -> float:
         nonlocal name, factor
-        metrics = _metrics(file, batches, evaluator)
+        metrics = evaluate(ExportedModel(file), batches, evaluator)
         name, factor = next(((key, METRICS[key]) for key in METRICS if key in metrics), ('', 1.0))
         if not name:
             raise InputError(f'the test gives none of the metrics {", ".join(METRICS)}, but {", ".join(metrics)}')
@@ -129,7 +122,7 @@ def quantize(
         metadata.input.name,
         layers_in_float(source),
         loader,
-        lambda compiled, batches: (points(_InMemory(backend.runner(compiled), metadata), batches), None),
+        lambda compiled, batches: (points(LoadedFile(backend.runner(compiled), metadata), batches), None),
         max_drop,
     )
     before = points(ExportedFile(source, None if out.suffix == '.onnx' else 'openvino'), loader)
@@ -159,9 +152,8 @@ def test_set(cfg: Config) -> tuple[DataLoader, Evaluator]:
     return loader, evaluator
 
 
-def _metrics(file: Any, batches: Iterable[dict], evaluator: Evaluator) -> dict[str, float]:
-    """Run a file on batches, and evaluate."""
-    model: ExportedModel = MODELS.build(dict(type='swin_mm.analysis.runtime.ExportedModel', file=file))
+def evaluate(model: Any, batches: Iterable[dict], evaluator: Evaluator) -> dict[str, float]:
+    """The metrics of a model on batches of a test set."""
     count = 0
     for batch in batches:
         samples = model.test_step(batch)
@@ -260,8 +252,7 @@ class _OpenVino:
         return openvino.Core().read_model(path)
 
     def runner(self, compiled: Any) -> Run:
-        names = [output.any_name for output in compiled.outputs]
-        return lambda images: {name: compiled([images])[i] for i, name in enumerate(names)}
+        return openvino_run(compiled)
 
     def save(self, model: Any, path: Path, metadata: Metadata) -> None:
         import openvino
@@ -287,9 +278,7 @@ class _Onnx:
         import onnxruntime
 
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
-        names = [output.name for output in session.get_outputs()]
-        (image,) = (each.name for each in session.get_inputs())
-        return lambda images: dict(zip(names, session.run(names, {image: images}), strict=True))
+        return onnxruntime_run(session)
 
     def save(self, model: Any, path: Path, metadata: Metadata) -> None:
         import onnx

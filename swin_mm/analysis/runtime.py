@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -113,6 +113,17 @@ def import_library(path: Path, name: str) -> ModuleType:
         raise DependencyError(f'{path} needs {name}; install it with: pip install {name}') from error
 
 
+class LoadedFile(NamedTuple):
+    """A model that is in memory already, in the place of an :class:`ExportedFile`."""
+
+    run: Run
+    metadata: Metadata
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        """The outputs by name for images (B, channels, H, W)."""
+        return self.run(images)
+
+
 class ExportedFile:
     """An exported file, loaded into a runtime, as a function of a batch of images.
 
@@ -168,6 +179,11 @@ def load_onnxruntime(path: Path, dtype: str, threads: int) -> Run:
         session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     except Exception as error:  # it raises many kinds
         raise InputError(f'{path} cannot be read: {one_line(error)[:300]}') from error
+    return onnxruntime_run(session)
+
+
+def onnxruntime_run(session: Any) -> Run:
+    """An ``onnxruntime.InferenceSession`` as a function of a batch of images."""
     (name,) = (each.name for each in session.get_inputs())
     names = [each.name for each in session.get_outputs()]
     return lambda images: dict(zip(names, session.run(names, {name: images}), strict=True))
@@ -206,7 +222,11 @@ def compile_openvino(model: Any, dtype: str = 'fp32', threads: int | None = None
         'INFERENCE_NUM_THREADS': threads or torch.get_num_threads(),
         'PERFORMANCE_HINT': 'LATENCY',
     }
-    compiled = openvino.compile_model(model, 'CPU', settings)
+    return openvino_run(openvino.compile_model(model, 'CPU', settings))
+
+
+def openvino_run(compiled: Any) -> Run:
+    """An ``openvino.CompiledModel`` as a function of a batch of images."""
     names = [output.any_name for output in compiled.outputs]
     return lambda images: {name: compiled([images])[i].copy() for i, name in enumerate(names)}
 

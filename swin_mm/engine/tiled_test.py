@@ -1,4 +1,4 @@
-"""Testing on large images by tiles: their own path through mmengine's test loop, to the library's own metrics."""
+"""Tiled testing of large images in mmengine's test loop, with the metrics of mmdet and mmseg."""
 
 import warnings
 from collections.abc import Sequence

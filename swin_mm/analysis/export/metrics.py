@@ -1,6 +1,6 @@
 """The config's metrics on its test set, of the model and of the file."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,22 +8,10 @@ from mmengine.config import Config
 
 from swin_mm.analysis.export.comparison import METRIC, Difference, Run
 from swin_mm.analysis.export.metadata import Metadata
-from swin_mm.analysis.quantization import METRICS, test_set
-from swin_mm.analysis.runtime import ExportedModel
+from swin_mm.analysis.quantization import METRICS, evaluate, test_set
+from swin_mm.analysis.runtime import ExportedModel, LoadedFile
 from swin_mm.openmmlab.config import require_data
 from swin_mm.utils.errors import InputError
-
-
-class LoadedFile(NamedTuple):
-    """A file that is loaded, as :class:`swin_mm.analysis.runtime.ExportedModel` takes one."""
-
-    run: Run
-    metadata: Metadata
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """The outputs by name."""
-        outputs = self.run(torch.from_numpy(images))
-        return {name: output.numpy() for name, output in zip(self.metadata.outputs, outputs, strict=True)}
 
 
 @torch.no_grad()
@@ -38,19 +26,19 @@ def compare_metrics(cfg: Config, model: Any, run: Run, metadata: Metadata) -> li
     """
     require_data(cfg, 'test')
     loader, evaluator = test_set(cfg)
-    found = []
-    for tested in (model, ExportedModel(LoadedFile(run, metadata))):
-        count = 0
-        for batch in loader:
-            samples = tested.test_step(batch)
-            evaluator.process(data_samples=samples, data_batch=batch)
-            count += len(samples)
-        found.append(evaluator.evaluate(count))
+
+    def by_name(images: np.ndarray) -> dict[str, np.ndarray]:
+        outputs = (output.numpy() for output in run(torch.from_numpy(images)))
+        return dict(zip(metadata.outputs, outputs, strict=True))
+
+    tested = model, ExportedModel(LoadedFile(by_name, metadata))
+    found = [evaluate(each, loader, evaluator) for each in tested]
     names = [name for name in METRICS if name in found[0]]
     if not names:
         raise InputError(f'--metrics: the test gives none of {", ".join(METRICS)}, but {", ".join(found[0])}')
+    images = (len(loader),)  # one in each batch
     rows = []
     for name in names:
         before, after = (float(metrics[name]) * METRICS[name] for metrics in found)
-        rows.append(Difference((count,), f'{name} {before:.2f} -> {after:.2f}', (), METRIC, abs(after - before)))
+        rows.append(Difference(images, f'{name} {before:.2f} -> {after:.2f}', (), METRIC, abs(after - before)))
     return rows
