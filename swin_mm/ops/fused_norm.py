@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from swin_mm.ops import verification
 from swin_mm.ops.attention.triton import launch, operators_are_seen
-from swin_mm.ops.verification import LIMITS, verified
 from swin_mm.utils.compat import custom_op
 
 try:
@@ -798,24 +798,24 @@ def is_trusted(kind: str, x: Tensor, branch: Tensor | None, weight: Tensor, dtyp
         return True
     dtypes = x.dtype, (x if branch is None else branch).dtype, weight.dtype, dtype
     key = Case(kind, torch.is_grad_enabled(), x.device, x.shape[-1], *dtypes)
-    return verified(key, lambda: _example(key, exact=False), lambda: _example(key, exact=True), LIMITS[dtype])
+    return verification.verified(
+        key, lambda: _example(key, exact=False), lambda: _example(key, exact=True), verification.LIMITS[dtype]
+    )
 
 
 def _example(case: Case, exact: bool) -> list[Tensor]:
     """Results and gradients for two small maps: of a kernel, or of the definition in float64."""
     shape = (2, 5, 7, case.channels)
 
-    def wave(*shape: int, step: float, offset: float, dtype: torch.dtype) -> Tensor:
-        # Drawing random numbers would change those that a training draws.
-        values = torch.arange(torch.Size(shape).numel(), dtype=torch.float64, device=case.device).mul_(step).sin_()
-        values = values.add_(offset).view(shape).to(dtype)
+    def parameter(*shape: int, step: float, offset: float, dtype: torch.dtype) -> Tensor:
+        values = verification.wave(shape, step, case.device).add_(offset).to(dtype)
         return (values.double() if exact else values).requires_grad_()
 
     parameters = case.channels * (4 if case.kind == 'merge' else 1)
-    x = wave(*shape, step=2.3, offset=0.3, dtype=case.x)
-    branch = wave(*shape, step=1.7, offset=0.0, dtype=case.branch)
-    weight = wave(parameters, step=1.9, offset=1.5, dtype=case.weight)
-    bias = wave(parameters, step=1.1, offset=0.0, dtype=case.weight)
+    x = parameter(*shape, step=2.3, offset=0.3, dtype=case.x)
+    branch = parameter(*shape, step=1.7, offset=0.0, dtype=case.branch)
+    weight = parameter(parameters, step=1.9, offset=1.5, dtype=case.weight)
+    bias = parameter(parameters, step=1.1, offset=0.0, dtype=case.weight)
     keep = torch.tensor([0.5, 1.5], device=case.device, dtype=torch.float64 if exact else case.branch)
     options = (weight, bias, 1e-5)
     with torch.set_grad_enabled(case.training):

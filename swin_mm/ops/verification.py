@@ -7,12 +7,13 @@ compiler, a version of Triton or a driver with a bug, a new GPU.
 import logging
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
 LIMITS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}  # of the largest value of each tensor
-_problems: dict[Hashable, str] = {}
+problems: dict[Hashable, str] = {}  # what was found, or ''
 
 
 def verified(
@@ -31,21 +32,38 @@ def verified(
         definition: computes the same in elementary operators.
         limit: allowed difference, in units of the largest value of each tensor.
     """
-    problem = _problems.get(key)
-    if problem is None:
+    find = partial(find_problem, run, definition, limit)
+    return checked(key, find, 'the fused kernel for {key} is not used: {problem}')
+
+
+def checked(key: Hashable, find: Callable[[], str], warning: str) -> bool:
+    """Whether a check finds no problem. It runs once for each key; memory that does not suffice is not remembered.
+
+    Args:
+        key: what is checked.
+        find: returns the problem, or ''; may raise ``torch.OutOfMemoryError``.
+        warning: is logged, with ``{key}`` and ``{problem}`` filled in.
+    """
+    if key not in problems:
         try:
-            problem = find_problem(run, definition, limit)
+            problem = find()
         except torch.OutOfMemoryError:
             return False
-        _problems[key] = problem
+        problems[key] = problem
         if problem:
-            logging.getLogger('swin_mm').warning('the fused kernel for %s is not used: %s', key, problem)
-    return not problem
+            logging.getLogger('swin_mm').warning(warning.format(key=key, problem=problem))
+    return not problems[key]
 
 
 def forget() -> None:
     """Forget all results, so that the next use of each key is checked again."""
-    _problems.clear()
+    problems.clear()
+
+
+def wave(shape: Sequence[int], step: float, device: torch.device) -> Tensor:
+    """Numbers that look random, in float64. Drawing random numbers would change those that a training draws."""
+    shape = torch.Size(shape)
+    return torch.arange(shape.numel(), dtype=torch.float64, device=device).mul_(step).sin_().view(shape)
 
 
 def find_problem(

@@ -1,8 +1,6 @@
 """Check of an attention kernel against the definition, which ``attention='auto'`` makes before it trusts the kernel."""
 
-import logging
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from swin_mm.ops.attention import reference
 from swin_mm.ops.windows import Size, tracing
 
 HEADS = 2
+WARNING = 'the triton attention kernel is not used for {key}: {problem}; sdpa is used instead'
 INPUTS = ('qkv', 'padding', 'the bias', 'the scale')
 NAMES = ('output', 'output in training', *(f'gradient of {name}' for name in INPUTS))
 
@@ -43,15 +42,6 @@ class Case(NamedTuple):
         return f'{size}, {self.dtype} with bias {self.bias_dtype}, on {self.device}'
 
 
-_problems: dict[Case, str] = {}
-
-
-def forget() -> None:
-    """Forget all results, so that the next use of each case is checked again."""
-    _problems.clear()
-    _warn.cache_clear()
-
-
 def is_trusted(
     attention: Callable[..., Tensor], qkv: Tensor, bias: Tensor, window: Size, scale: float | Tensor
 ) -> bool:
@@ -64,29 +54,17 @@ def is_trusted(
     if torch.compiler.is_compiling():
         return not _known_problem(qkv.device, qkv.dtype, head_size)
     case = Case(qkv.device, qkv.dtype, bias.dtype, window, head_size, isinstance(scale, Tensor))
-    if case not in _problems:
-        if type(qkv) is not Tensor or tracing():
-            return True
-        try:
-            _problems[case] = problem = find_problem(attention, case)
-        except torch.OutOfMemoryError:
-            return False
-        if problem:
-            _warn(f'the triton attention kernel is not used for {case}: {problem}')
-    return not _problems[case]
+    if case not in verification.problems and (type(qkv) is not Tensor or tracing()):
+        return True
+    return verification.checked(case, lambda: find_problem(attention, case), WARNING)
 
 
 @torch.compiler.assume_constant_result
 def _known_problem(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
     """A problem that was found in such inputs in eager mode, or ''; the size of a compiled window may be symbolic."""
-    same = (p for c, p in _problems.items() if p and (c.device, c.dtype, c.head_size) == (device, dtype, head_size))
+    found = ((case, problem) for case, problem in verification.problems.items() if isinstance(case, Case))
+    same = (p for c, p in found if p and (c.device, c.dtype, c.head_size) == (device, dtype, head_size))
     return next(same, '')
-
-
-@lru_cache
-def _warn(message: str) -> None:
-    """Log a message, once."""
-    logging.getLogger('swin_mm').warning('%s; sdpa is used instead', message)
 
 
 def find_problem(attention: Callable[..., Tensor], case: Case) -> str:
@@ -124,14 +102,9 @@ def _results(attention: Callable[..., Tensor], case: Case, exact: bool = False) 
     with torch.no_grad():
         frozen, expected = apply(attention, inputs), apply(reference.attention, wide)
     # With a gradient that is like the output, the sum that is the gradient of the scale does not cancel out.
-    grad = (expected + _wave(expected.shape, 1.7, case.device)).to(case.dtype)
+    grad = (expected + 1.5 * verification.wave(expected.shape, 1.7, case.device)).to(case.dtype)
     out = apply(attention, inputs)
     return [frozen, out, *torch.autograd.grad(out, [t for t in inputs if isinstance(t, Tensor)], grad.to(out.dtype))]
-
-
-def _wave(shape: torch.Size, step: float, device: torch.device) -> Tensor:
-    """Numbers that look random. Drawing random numbers would change those that a training draws."""
-    return torch.arange(shape.numel(), dtype=torch.float64, device=device).mul_(step).sin_().mul_(1.5).view(shape)
 
 
 def _inputs(case: Case) -> list:
@@ -143,7 +116,7 @@ def _inputs(case: Case) -> list:
     shapes = (2, *size, 3 * C), (3 * C,), (HEADS, N, N)
     dtypes = case.dtype, case.dtype, case.bias_dtype
     tensors: list = [
-        _wave(torch.Size(shape), step, case.device).to(dtype).requires_grad_()
+        (1.5 * verification.wave(shape, step, case.device)).to(dtype).requires_grad_()
         for shape, step, dtype in zip(shapes, (2.3, 1.9, 1.3), dtypes, strict=True)
     ]
     if not case.cosine:

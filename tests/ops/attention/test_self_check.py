@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swin_mm.models.swin import SwinPyramid, SwinPyramidV2
 from swin_mm.ops import attention as kernels
+from swin_mm.ops import verification
 from swin_mm.ops.attention import get_kernel, reference, sdpa, self_check
 from swin_mm.ops.attention import triton as kernel
 from swin_mm.ops.attention.self_check import Case, find_problem
@@ -36,10 +37,10 @@ def arguments(dtype=torch.float32) -> tuple:
 def auto(monkeypatch):
     """``auto`` as on a GPU, before any check."""
     monkeypatch.setitem(kernels.PREFERRED, 'cpu', 'triton')
-    for clear in (self_check.forget, kernels.unsupported_reason.cache_clear):
+    for clear in (verification.forget, kernels.unsupported_reason.cache_clear):
         clear()
     yield get_kernel('auto')
-    for clear in (self_check.forget, kernels.unsupported_reason.cache_clear):
+    for clear in (verification.forget, kernels.unsupported_reason.cache_clear):
         clear()
 
 
