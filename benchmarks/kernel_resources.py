@@ -15,9 +15,11 @@ import sys
 import tempfile
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ['TRITON_INTERPRET'] = '0'  # Triton reads it when it is imported
@@ -58,43 +60,48 @@ class Resources:
     total: int
 
 
-def launches(window: int, dtype: torch.dtype, cosine: bool, heads: int = 3) -> Iterator[tuple[Any, tuple, dict]]:
-    """The kernels with arguments and constants: of inference, and of the forward and backward of training."""
-    recorded: list[tuple[Any, tuple, dict]] = []
-    original = attention.launch
-    attention.launch = lambda kernel, programs, arguments, constants: recorded.append((kernel, arguments, constants))
+Launch = tuple[Any, tuple, dict]  # kernel, arguments, constants
+
+
+@contextmanager
+def recorded(module: ModuleType) -> Iterator[list[Launch]]:
+    """Record the launches of a module's kernels instead of starting them."""
+    found: list[Launch] = []
+    original = module.launch
+    module.launch = lambda kernel, programs, arguments, constants: found.append((kernel, arguments, constants))
     try:
-        N, C = window**2, heads * 32
-        qkv, pad = torch.zeros(1, 2 * window, 3 * window, 3 * C, dtype=dtype), torch.zeros(3 * C, dtype=dtype)
-        bias, scale = torch.zeros(heads, N, N), torch.ones(heads) if cosine else 0.3
+        yield found
+    finally:
+        module.launch = original
+
+
+def launches(window: int, dtype: torch.dtype, cosine: bool, heads: int = 3) -> list[Launch]:
+    """The kernels with arguments and constants: of inference, and of the forward and backward of training."""
+    N, C = window**2, heads * 32
+    qkv, pad = torch.zeros(1, 2 * window, 3 * window, 3 * C, dtype=dtype), torch.zeros(3 * C, dtype=dtype)
+    bias, scale = torch.zeros(heads, N, N), torch.ones(heads) if cosine else 0.3
+    with recorded(attention) as found:
         for training in (False, True):
             out = attention.attention(
                 qkv.requires_grad_(training), pad, bias, (window, window), (window // 2,) * 2, scale
             )
         out.sum().backward()
-    finally:
-        attention.launch = original
-    yield from recorded
+    return found
 
 
-def norm_launches(channels: int, dtype: torch.dtype) -> Iterator[tuple[Any, tuple, dict]]:
+def norm_launches(channels: int, dtype: torch.dtype) -> list[Launch]:
     """The fused norms with arguments and constants as in training with autocast: the residual stream is in float32."""
-    recorded: list[tuple[Any, tuple, dict]] = []
-    original = fused_norm.launch
-    fused_norm.launch = lambda kernel, programs, arguments, constants: recorded.append((kernel, arguments, constants))
-    try:
-        x = torch.zeros(2, 4, 4, channels, requires_grad=True)
-        branch = x.detach().to(dtype).requires_grad_()
-        weight = torch.ones(4 * channels)
-        parameters = (weight[:channels], weight[:channels], 1e-5)
+    x = torch.zeros(2, 4, 4, channels, requires_grad=True)
+    branch = x.detach().to(dtype).requires_grad_()
+    weight = torch.ones(4 * channels)
+    parameters = (weight[:channels], weight[:channels], 1e-5)
+    with recorded(fused_norm) as found:
         for nchw in (False, True):
             results = fused_norm.add_norm(x, branch, *parameters, torch.float32 if nchw else dtype, nchw=nchw)
             sum(result.sum() for result in results).backward()
         sum(result.sum() for result in fused_norm.norm_add(x, branch, *parameters, torch.float32, dtype)).backward()
         fused_norm.merge_norm(branch, weight, weight, 1e-5, dtype).sum().backward()
-    finally:
-        fused_norm.launch = original
-    yield from recorded
+    return found
 
 
 def compile_kernel(kernel: Any, arguments: tuple, constants: dict, sm: int) -> Any:
@@ -174,8 +181,8 @@ def main() -> int:
         f'{channels} channels': partial(norm_launches, int(channels)) for channels in args.norms.split(',') if channels
     }
     print('| ' + ' | '.join(HEADER) + ' |\n' + '| --- ' * len(HEADER) + '|')
-    for (case, recorded), dtype in itertools.product(cases.items(), args.dtypes.split(',')):
-        for kernel, arguments, constants in recorded(dtype=DTYPES[dtype]):
+    for (case, record), dtype in itertools.product(cases.items(), args.dtypes.split(',')):
+        for kernel, arguments, constants in record(dtype=DTYPES[dtype]):
             name = kernel.__name__.strip('_').replace('_', ' ') + (', training' if constants.get('SAVE') else '')
             name += ', NCHW' if constants.get('NCHW') else ''
             if args.kernels and args.kernels not in name:

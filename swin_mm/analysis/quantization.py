@@ -31,6 +31,7 @@ from swin_mm.analysis.runtime import (
 )
 from swin_mm.openmmlab.config import as_list, config_errors, require_data
 from swin_mm.utils.errors import InputError
+from swin_mm.utils.files import require_new_file
 
 RANKING_IMAGES = 16  # of the test set, by which layers are ranked
 MAX_DROP = 0.5  # points, hundredths of the metric's range
@@ -71,10 +72,7 @@ def check_arguments(source: Path, out: Path, force: bool) -> None:
         raise InputError(f'{source}: expected an .onnx file; --out may be an .xml of OpenVINO')
     if out.suffix not in ('.onnx', '.xml'):
         raise InputError(f'--out {out} must end in .onnx or .xml')
-    if not out.parent.is_dir():
-        raise InputError(f'--out {out}: the folder {out.parent} does not exist; make it first')
-    if out.exists() and not (force and out.is_file()):
-        raise InputError(f'--out {out} exists; choose another name, or --force to replace a file')
+    require_new_file(out, force)
     for library in ('nncf', 'openvino') if out.suffix == '.xml' else ('nncf', 'onnxruntime'):
         import_library(out, library)
 

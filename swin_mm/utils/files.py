@@ -48,6 +48,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 part.unlink()
 
 
+def require_new_file(path: Path, force: bool) -> None:
+    """Check early that the file of ``--out`` can be written without replacing what is not meant to be replaced.
+
+    Args:
+        path: of the file.
+        force: allow it to replace a file.
+
+    Raises:
+        InputError: its folder does not exist, or the path exists.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f'--out {path}: the folder {path.parent} does not exist; make it first')
+    if path.exists() and not (force and path.is_file()):
+        raise InputError(f'--out {path} exists; choose another name, or --force to replace a file')
+
+
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
     """Let one process at a time pass, for instance to download a file into a folder; the others wait.

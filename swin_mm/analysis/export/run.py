@@ -26,6 +26,7 @@ from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.config import build_model
 from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.errors import InputError
+from swin_mm.utils.files import require_new_file
 
 # (batch, height, width) at which maps are compared on noise: multiples of windows, of patches, of neither, one window,
 # both orientations.
@@ -54,11 +55,8 @@ def check_arguments(
     suffix = SUFFIXES[to]
     if out.suffix != suffix:
         raise InputError(f'--out {out} must end in {suffix}, since --to is {to}')
-    if not out.parent.is_dir():
-        raise InputError(f'--out {out}: the folder {out.parent} does not exist; make it first')
     for path in (out, out.with_suffix('.bin')) if to == 'openvino' else (out,):
-        if path.exists() and not (force and path.is_file()):
-            raise InputError(f'--out {path} exists; choose another name, or --force to replace a file')
+        require_new_file(path, force)
     for library in LIBRARIES.get(to, ()):
         try:
             import_module(library)
