@@ -16,6 +16,7 @@ import subprocess
 import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,13 @@ def image_size(task: str, quick: bool) -> tuple[int, int]:
 
 def prepare(task: str, folder: Path, quick: bool) -> None:
     """Write the stock model's weights, and export and quantize from them."""
-    import nncf  # noqa: F401 (fail before the work)
     import onnx
     import openvino
 
+    if (
+        find_spec('nncf') is None
+    ):  # not imported before the export: it patches PyTorch, which torch.export then trips over
+        sys.exit('--prepare needs nncf')
     folder.mkdir(parents=True, exist_ok=True)
     model, data = stock_model(task, quick), example(task, quick)
     checkpoint, file = folder / f'{task}.pth', folder / f'{task}.onnx'

@@ -228,7 +228,12 @@ def compile_openvino(model: Any, dtype: str = 'fp32', threads: int | None = None
 def openvino_run(compiled: Any) -> Run:
     """An ``openvino.CompiledModel`` as a function of a batch of images."""
     names = [output.any_name for output in compiled.outputs]
-    return lambda images: {name: compiled([images])[i].copy() for i, name in enumerate(names)}
+
+    def run(images: np.ndarray) -> dict[str, np.ndarray]:
+        results = compiled([images])
+        return {name: results[i].copy() for i, name in enumerate(names)}
+
+    return run
 
 
 class ExportedModel(BaseModel):

@@ -3,6 +3,7 @@
 import importlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,6 +20,7 @@ from swin_mm import cli
 from swin_mm.analysis.runtime import (
     ExportedFile,
     ExportedModel,
+    openvino_run,
     parse_metadata,
     read_metadata,
     sample_images,
@@ -211,3 +213,20 @@ def test_options_that_do_not_fit_are_refused(files, tiny):
         use_exported(Config.fromfile(tiny.config), other)
     with pytest.raises(InputError, match='fails on images of 1 × 4 × 64 × 96'):
         ExportedFile(files['logits'])(np.zeros((1, 4, 64, 96), np.float32))
+
+
+def test_openvino_runs_once_for_all_outputs():
+    class Compiled:
+        def __init__(self):
+            self.outputs = [SimpleNamespace(any_name=name) for name in ('boxes', 'scores', 'labels')]
+            self.calls = 0
+
+        def __call__(self, inputs):
+            self.calls += 1
+            return [inputs[0] + i for i in range(3)]
+
+    compiled = Compiled()
+    found = openvino_run(compiled)(np.zeros((1, 2)))
+    assert compiled.calls == 1 and {name: value[0, 0] for name, value in found.items()} == dict(
+        boxes=0, scores=1, labels=2
+    )

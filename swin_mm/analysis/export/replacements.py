@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from swin_mm.analysis.export import dense_heads, dino, layers, query_heads, roi_heads
+from swin_mm.analysis.export import dense_heads, dino, layers, query_heads, roi_heads, uper_head
 from swin_mm.analysis.export.operators import Operators
 
 # LIBRARY.Class -> what replaces it. Only exactly these classes: a subclass may predict otherwise.
@@ -29,6 +29,7 @@ HEADS: Table = {
     'mmdet.MaskFormerHead': query_heads.MaskFormerQueries,
     'mmdet.Mask2FormerHead': query_heads.Mask2FormerQueries,
     'mmdet.MaskFormerFusionHead': query_heads.InstanceFusion,
+    'mmseg.UPerHead': uper_head.uper_head,
     'mmseg.MaskFormerHead': query_heads.SemanticMaskFormerQueries,
     'mmseg.Mask2FormerHead': query_heads.SemanticQueries,
 }

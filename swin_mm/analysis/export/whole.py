@@ -15,6 +15,7 @@ from swin_mm.analysis.export.metadata import Input
 from swin_mm.analysis.export.operators import CUSTOM, PLAIN
 from swin_mm.analysis.export.query_heads import Mask2FormerQueries
 from swin_mm.analysis.export.replacements import DETECTORS, HEADS, class_name, exportable_copy
+from swin_mm.analysis.export.uper_head import UPerHead
 from swin_mm.utils.errors import InputError
 
 PARTS = ('predictions', 'model', 'backbone')
@@ -133,10 +134,10 @@ class Exportable(nn.Module):
     def defers_guards(self) -> bool:
         """Whether the graph only seems to depend on sizes of 1, so that torch.export may assume that there are none.
 
-        Transformers over maps reshape much. torch.export decides there by whether a side is 1 if a reshape copies,
-        which does not change results; the comparison covers batches of 1.
+        Some heads reshape much. torch.export decides there by whether a side is 1 if a reshape copies, which does not
+        change results; the comparison covers batches of 1.
         """
-        return any(isinstance(module, Mask2FormerQueries | DinoTransformer) for module in self.modules())
+        return any(isinstance(module, Mask2FormerQueries | DinoTransformer | UPerHead) for module in self.modules())
 
     def output_names(self, count: int) -> list[str]:
         """The names of ``count`` outputs."""
