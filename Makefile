@@ -75,11 +75,12 @@ $(DONE)/mmcv: $(DONE)/torch .ci/install_mmcv.py
 # opencv-python needs libGL, which machines without a display often lack. The headless build of the same version,
 # installed last, replaces its files. The libraries in oracles/ are references for tests and stay out of the environment:
 # torchvision's operators do not load beside another build of torch, and a library that is half usable misleads others.
+# transformers, and so mmengine, would import peft and torchao at the start of every program.
 $(DONE)/all: $(DONE)/mmcv setup.py pyproject.toml
 	@echo 'installing mmdet, mmseg and the tools for tests'
 	$(PIP) --no-build-isolation -e '.[all,dev]'
 	$(PIP) -q --force-reinstall --no-deps opencv-python-headless
-	$(PIP) -q --no-deps --upgrade --target $(VENV)/oracles torchvision timm onedl-mmpretrain
+	$(PIP) -q --no-deps --upgrade --target $(VENV)/oracles torchvision timm onedl-mmpretrain peft accelerate psutil torchao
 	$(PY) -m swin_mm.doctor
 	@touch $@
 

@@ -89,7 +89,7 @@ def run_tests(
     session.install(*pip, '--no-build-isolation', '-e', '.[dev]', *openmmlab)
     headless = [name for name in requirements if 'headless' in name] or ['opencv-python-headless']
     session.install('--force-reinstall', '--no-deps', *headless)  # needs no display
-    oracles = (f'torchvision=={torchvision}', 'timm', mmpretrain)
+    oracles = (f'torchvision=={torchvision}', 'timm', mmpretrain, 'peft', 'accelerate', 'psutil', 'torchao')
     session.install(*pip, '--no-deps', '--upgrade', '--target', str(folder / 'oracles'), *oracles)
     session.run('python', '-m', 'swin_mm.doctor')
     session.run('python', '-m', 'pytest', *session.posargs, env={'OMP_NUM_THREADS': '1'})

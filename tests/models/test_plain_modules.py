@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS
 from support.oracles import SMALL, mmdet_twin, randomise, relative_error
+from support.reference_models import import_oracle
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,7 +166,7 @@ def test_conversion_that_swaps_parameters():
 
 @BOTH
 def test_lora_unmerged_merged_and_unmerged_again(pyramid):
-    peft = pytest.importorskip('peft')
+    peft = import_oracle('peft')
     model = tiny(pyramid)
     evaluate(model)
     config = peft.LoraConfig(target_modules=['qkv', 'proj', 'fc1', 'fc2'], r=4, init_lora_weights=False)
@@ -406,7 +407,7 @@ def test_dynamic_quantization_replaces_every_linear_layer(pyramid):
 
 @BOTH
 def test_torchao_int8(pyramid):
-    quantization = pytest.importorskip('torchao.quantization')
+    quantization = import_oracle('torchao.quantization')
     model = tiny(pyramid, embed_dims=32)
     expected = evaluate(model)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())

@@ -3,9 +3,12 @@
 timm, torchvision and mmpretrain cannot all be imported beside a CPU build of torch: torchvision's wheel brings
 compiled operators for another build, timm imports torchvision, and mmpretrain imports packages that the others exclude.
 So they are not installed into the environment, where half-importable packages would mislead other libraries, but into
-a folder of their own, which is on the path only while they are imported::
+a folder of their own, which is on the path only while they are imported. peft and torchao, which tests apply to our
+models, are there as well: mmengine imports transformers, which imports both, and every program would start 2 seconds
+later and with warnings::
 
-    pip install --no-deps --target .venv/oracles torchvision==0.28.0 timm==1.0.31 onedl-mmpretrain==1.3.6
+    pip install --no-deps --target .venv/oracles torchvision==0.28.0 timm==1.0.31 onedl-mmpretrain==1.3.6 \
+        peft==0.21.2 accelerate==1.15.0 psutil torchao==0.18.0
 """
 
 import functools
@@ -139,7 +142,7 @@ def _mmpretrain(version: int, sizes: dict, window: int, image_size: int) -> Buil
 
 
 def _timm(version: int, sizes: dict, window: int, image_size: int) -> Built:
-    swin = _import_oracle(f'timm.models.swin_transformer{"_v2" * (version - 1)}')
+    swin = _import_vision(f'timm.models.swin_transformer{"_v2" * (version - 1)}')
     model = (swin.SwinTransformer if version == 1 else swin.SwinTransformerV2)(
         img_size=image_size,
         window_size=window,
@@ -181,7 +184,7 @@ def _official(version: int, sizes: dict, window: int, image_size: int) -> Built:
 
 
 def _torchvision(version: int, sizes: dict, window: int, image_size: int) -> Built:
-    swin = _import_oracle('torchvision.models.swin_transformer')
+    swin = _import_vision('torchvision.models.swin_transformer')
     parts = {'block': swin.SwinTransformerBlockV2, 'downsample_layer': swin.PatchMergingV2} if version == 2 else {}
     model = swin.SwinTransformer(
         patch_size=[4, 4],
@@ -249,10 +252,16 @@ def _oracles_on_path() -> Iterator[None]:
 
 
 @functools.cache
-def _import_oracle(module: str) -> ModuleType:
-    """A module of timm or torchvision. Without compiled operators, torchvision has nothing to describe to torch."""
-    with _oracles_on_path(), mock.patch('torch.library.register_fake', lambda *_a, **_k: lambda function: function):
+def import_oracle(module: str) -> ModuleType:
+    """A module of a library in the folder, or in the environment; skips the test where it is in neither."""
+    with _oracles_on_path():
         return pytest.importorskip(module)
+
+
+def _import_vision(module: str) -> ModuleType:
+    """A module of timm or torchvision. Without compiled operators, torchvision has nothing to describe to torch."""
+    with mock.patch('torch.library.register_fake', lambda *_a, **_k: lambda function: function):
+        return import_oracle(module)
 
 
 @functools.cache
