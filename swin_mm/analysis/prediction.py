@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-import torch
 from mmcv import VideoReader
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.structures import BaseDataElement
 from PIL import Image
 
-from swin_mm.analysis.drawing import class_colours, draw_instances, draw_label_map, with_legend
+from swin_mm.engine.drawing import class_ids_of_segments, classes_and_palette, draw_prediction
 from swin_mm.engine.images import WindowedImage, displayable, image_reader, overview, without_annotations
 from swin_mm.engine.inference import prepare_for_inference
 from swin_mm.engine.runner import load_complete
@@ -288,39 +287,6 @@ def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:
             raise OSError(f'not all of {count} frames were written; is the disk full?')
 
 
-def draw_prediction(
-    picture: np.ndarray, sample: BaseDataElement, classes: Sequence[str], palette: Sequence[tuple]
-) -> np.ndarray:
-    """Draw a prediction as contours with a legend beside the picture.
-
-    Args:
-        picture: (H, W, 3) RGB.
-        sample: of mmdet or mmseg, on the CPU.
-        classes: names by class id.
-        palette: colours by class id.
-
-    Returns:
-        (height, width, 3) RGB, of even height and width.
-    """
-    if 'pred_sem_seg' in sample or 'pred_panoptic_seg' in sample:
-        panoptic = 'pred_panoptic_seg' in sample
-        regions = sample.pred_panoptic_seg.sem_seg[0].numpy() if panoptic else sample.pred_sem_seg.data[0].numpy()
-        labels = class_ids_of_segments(regions) if panoptic else regions
-        drawn = draw_label_map(picture, labels, palette, regions)
-        # One more than the classes is void.
-        counts = Counter(dict(enumerate(np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)].tolist())))
-        amounts = {i: f'{count / labels.size:.1%}' for i, count in counts.items()}
-    else:
-        objects = sample.pred_instances
-        labels, masks = objects.labels.numpy(), objects.get('masks')
-        masks = masks.numpy() if isinstance(masks, torch.Tensor) else masks
-        drawn = draw_instances(picture, objects.bboxes.numpy(), labels, palette, masks, objects.scores.numpy())
-        counts = Counter(labels.tolist())
-        amounts = {i: str(count) for i, count in counts.items()}
-    rows = [(palette[i], f'{classes[i]}  {amounts[i]}') for i, count in counts.most_common() if count]
-    return with_legend(drawn, rows, max(classes, key=len) + '  00.0%')
-
-
 def save_prediction(
     sample: BaseDataElement, size: tuple[int, int], classes: Sequence[str], palette: Sequence[tuple], path: Path
 ) -> None:
@@ -360,13 +326,6 @@ def save_prediction(
             file.write_text(json.dumps({'height': size[0], 'width': size[1], **record}))
 
 
-def class_ids_of_segments(ids: np.ndarray) -> np.ndarray:
-    """Class ids of mmdet's panoptic segments."""
-    from mmdet.evaluation import INSTANCE_OFFSET
-
-    return ids % INSTANCE_OFFSET
-
-
 def _coco_panoptic(ids: np.ndarray, classes: Sequence[str]) -> tuple[Image.Image, dict[str, Any]]:
     """COCO's format: the PNG's red + 256 green is the number of a segment, 0 is void."""
     ids, index, areas = np.unique(ids, return_inverse=True, return_counts=True)
@@ -394,15 +353,3 @@ def _shorten(part: str) -> str:
     if len(content) <= LONGEST_NAME:
         return part
     return content[: LONGEST_NAME - 9].decode(errors='ignore') + '~' + hashlib.sha1(content).hexdigest()[:8]
-
-
-def classes_and_palette(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:
-    """Names and colours by class id; the checkpoint's data set takes precedence over the config's."""
-    metainfo = config | {key.lower(): value for key, value in checkpoint.items() if value is not None}
-    classes = metainfo.get('classes')
-    if not classes:
-        raise InputError("neither checkpoint nor config names the classes: set the dataset's metainfo.classes")
-    palette: Any = metainfo.get('palette')
-    if isinstance(palette, str) or len(palette or ()) < len(classes):
-        palette = class_colours(len(classes))
-    return [' '.join(str(name).split()) for name in classes], [tuple(colour) for colour in palette[: len(classes)]]

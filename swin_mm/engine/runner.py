@@ -1,5 +1,6 @@
 """Our subclass of mmengine's Runner, and the settings added to a config before training or testing."""
 
+import os
 import re
 from collections import OrderedDict
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed import init_process_group
 from torch.utils.data import DataLoader
 
 from swin_mm.engine.dataloading import with_sample_errors
-from swin_mm.openmmlab.config import config_errors
+from swin_mm.openmmlab.config import config_errors, iter_dicts
 from swin_mm.openmmlab.loading import read_for_mmengine, require_complete, unwrap_model
 from swin_mm.utils.errors import CheckpointError, InputError, one_line
 
@@ -65,8 +66,17 @@ class SafeRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Build a dataloader whose errors name the file of a sample that cannot be loaded."""
-        return with_sample_errors(Runner.build_dataloader(dataloader, *args, **kwargs))
+        """Build a dataloader whose errors name the file of a sample that cannot be loaded.
+
+        Raises:
+            InputError: its dataset has no images.
+        """
+        try:
+            return with_sample_errors(Runner.build_dataloader(dataloader, *args, **kwargs))
+        except ValueError as error:
+            if 'need at least one array to concatenate' not in str(error):  # mmengine joins the data of all images
+                raise
+            raise InputError(f'{_why_empty(dataloader)}; tools/check_data.py says what is there') from error
 
     def resume(self, *args: Any, **kwargs: Any) -> None:
         """Resume training; the checkpoint must give the whole model.
@@ -87,6 +97,17 @@ class SafeRunner(Runner):
         """Test; the checkpoint must give the whole model."""
         self.must_be_complete = True
         return super().test()
+
+
+def _why_empty(dataloader: Any) -> str:
+    """Where a dataset looked for images, from the config of its dataloader."""
+    options = next((node for node in iter_dicts(dataloader) if 'data_prefix' in node or 'ann_file' in node), {})
+    root, prefix = options.get('data_root') or '', options.get('data_prefix') or {}
+    if options.get('ann_file'):
+        return f'no images are left of {os.path.join(root, options["ann_file"])}: see its entries and filter_cfg'
+    folder = os.path.join(root, prefix.get('img_path') or prefix.get('img') or '')
+    suffix = options.get('img_suffix', 'the default of the dataset')
+    return f'no images in {folder or "the data set"} (img_suffix: {suffix})'
 
 
 def load_complete(model: nn.Module, state: dict[str, Any], source: str) -> None:

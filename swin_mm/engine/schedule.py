@@ -25,9 +25,11 @@ def long_warmup(cfg: Config, iterations: int, per_epoch: int) -> str | None:
         warmup = min(scheduler['end'] * unit, iterations)
         if warmup > iterations / 10:
             key = 'param_scheduler.end' if single else f'param_scheduler.{index}.end'
-            end = max(1, iterations // 10 // unit)
+            end = iterations // 10 // unit
+            # mmengine's LinearLR over a single step never leaves its start.
+            remedy = f'set {key}={end}' if end * unit > 1 else 'remove it'
             return (
                 f'the warm-up of the learning rate takes {warmup} of {iterations} iterations, more than a tenth of the '
-                f'run; set {key}={end}, or train for longer'
+                f'run; {remedy}, or train for longer'
             )
     return None

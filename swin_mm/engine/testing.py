@@ -13,10 +13,10 @@ from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
-from mmengine.visualization import Visualizer
 from PIL import Image
 
 from swin_mm.engine.config_pickles import require_no_pickles
+from swin_mm.engine.drawing import classes_and_palette, draw_comparison
 from swin_mm.engine.images import WindowedImage, displayable, overview
 from swin_mm.engine.runner import build_runner, configure_dataloaders
 from swin_mm.engine.tiled_test import apply_tiles
@@ -96,13 +96,8 @@ def draw_predictions(cfg: Config, folder: str, tile: int | None = None) -> None:
         tile: side of the tiles of larger images.
 
     Raises:
-        InputError: the folder cannot be written to, or the config has no visualizer of its library.
+        InputError: the folder cannot be written to.
     """
-    if 'LocalVisualizer' not in str(cfg.get('visualizer')):
-        raise InputError(
-            "--show-dir needs a visualizer in the config, such as visualizer = dict(type='DetLocalVisualizer') for "
-            'mmdet or SegLocalVisualizer for mmseg'
-        )
     _require_folder('--show-dir', Path(folder))
     hook = dict(
         type='swin_mm.engine.testing.DrawingHook',
@@ -194,7 +189,7 @@ class SaveSegments(BaseMetric):
 class DrawingHook(Hook):
     """Draws predictions beside the ground truth, each picture under the name of its image.
 
-    mmdet's and mmseg's own hooks put a relative folder under the work_dir, and number the pictures.
+    mmdet's and mmseg's own hooks put a relative folder under the work_dir, number the pictures, and cover the objects.
 
     Args:
         folder: the folder to write to.
@@ -220,17 +215,20 @@ class DrawingHook(Hook):
 
     def after_test_iter(self, runner: Runner, outputs: Sequence[BaseDataElement], **_: Any) -> None:
         """Draw a batch."""
-        visualizer = Visualizer.get_current_instance()
-        options = {'pred_score_thr': self.score_thr} if 'Det' in type(visualizer).__name__ else {}
-        for sample in outputs:
-            picture = self._read(sample.img_path)
+        classes, palette = classes_and_palette(runner.visualizer.dataset_meta, {})
+        for output in outputs:
+            picture, sample = self._read(output.img_path), output.cpu()
             if self.tile is not None and max(sample.ori_shape) > self.tile:
                 picture = overview(picture, LARGEST_PICTURE)
                 scale = max(picture.shape[:2]) / max(sample.ori_shape)
-                sample = resized_sample(sample.cpu(), scale, with_masks=False)
-            name = _name(sample.img_path, self.root)
-            with atomic_write(Path(self.folder, name)) as part:
-                visualizer.add_datasample(name, picture, data_sample=sample, out_file=str(part), **options)
+                sample = resized_sample(sample, scale, with_masks=False)
+            if 'pred_instances' in sample:
+                objects = sample.pred_instances
+                sample = sample.clone()  # metrics take the others, too
+                sample.pred_instances = objects[objects.scores >= self.score_thr]
+            drawn = draw_comparison(picture, sample, classes, palette)
+            with atomic_write(Path(self.folder, _name(output.img_path, self.root))) as part:
+                Image.fromarray(drawn).save(part)
 
     def _read(self, path: str) -> np.ndarray:
         """The picture in RGB, made smaller if it can be read by windows."""

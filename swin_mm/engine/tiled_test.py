@@ -18,6 +18,7 @@ from swin_mm.openmmlab.config import as_list, iter_dicts, test_dataset, type_nam
 from swin_mm.utils.errors import InputError
 
 HERE = 'swin_mm.engine.tiled_test'
+COUNTED = 100  # objects of an image, in COCO's mAP over all thresholds
 
 
 def apply_tiles(cfg: Config, tile: int, overlap: float) -> None:
@@ -134,6 +135,7 @@ class TiledTestLoop(TestLoop):
         super().__init__(*args, **kwargs)
         self.tile, self.overlap = tile, overlap
         self.pipeline = Compose(pipeline)
+        self.warned = False
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: dict[str, Any]) -> None:
@@ -162,4 +164,15 @@ class TiledTestLoop(TestLoop):
             if 'masks' in value:  # as mmdet's metrics take them
                 value.masks = [encode_mask(mask, image.shape[:2]) for mask in value.masks]
             setattr(sample, key, value)
+            if key == 'pred_instances':
+                self._warn_of_many(len(value), sample.get('img_path'))
         return sample
+
+    def _warn_of_many(self, count: int, path: str) -> None:
+        """Say once that COCO's mAP leaves out objects."""
+        if count > COUNTED and not self.warned:
+            self.warned = True
+            self.runner.logger.warning(
+                f"{path} has {count} predicted objects. COCO's mAP counts the best {COUNTED} of an image whatever "
+                'proposal_nums is; mAP_50, mAP_75 and those by size count as many as the last of proposal_nums'
+            )

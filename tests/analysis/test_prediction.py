@@ -13,9 +13,8 @@ from mmengine.structures import PixelData
 from PIL import Image
 
 from swin_mm.analysis import prediction
-from swin_mm.analysis.drawing import draw_instances, draw_label_map, with_legend
-from swin_mm.analysis.prediction import Predictor, View, draw_prediction, name_outputs, save_prediction
-from swin_mm.engine.tiles import PlacedMask
+from swin_mm.analysis.prediction import Predictor, View, name_outputs, save_prediction
+from swin_mm.engine.drawing import draw_prediction
 from swin_mm.utils.errors import CheckpointError, InputError
 
 CLASSES, PALETTE = ['cat', 'dog', 'sky'], [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -99,43 +98,6 @@ def test_four_channels_of_sixteen_bits(data, tmp_path):
     np.testing.assert_array_equal(inputs[0][0].numpy(), pixels.transpose(2, 0, 1).astype(np.float32))
     drawn = predictor.draw(view, sample)
     assert drawn.dtype == np.uint8 and drawn[:64, :96].std() > 10
-
-
-def test_legends_have_one_even_size():
-    row = ((255, 0, 0), 'class')
-    for width in (400, 401):
-        picture = np.zeros((301, width, 3), np.uint8)
-        shapes = {with_legend(picture, [row] * count, 'longest class').shape for count in (0, 1, 40)}
-        assert len(shapes) == 1 and all(side % 2 == 0 for side in shapes.pop()[:2])
-
-
-def test_regions_are_outlined_and_the_picture_stays_visible():
-    picture = np.random.default_rng(0).integers(0, 256, (100, 100, 3), dtype=np.uint8)
-    labels = np.full((100, 100), 9)  # void
-    labels[20:60, 20:60], labels[20:60, 60:80] = 0, 1
-    drawn = draw_label_map(picture, labels, PALETTE)
-    assert (drawn[labels == 9] == picture[labels == 9]).all()
-    edge = np.zeros((100, 100), bool)
-    edge[20:60, 20:80] = True
-    edge[21:59, 21:59] = edge[21:59, 61:79] = False
-    colours = np.array(PALETTE)[np.where(labels == 9, 0, labels)]
-    assert (drawn[edge] == colours[edge]).all()
-    inside = drawn[25:55, 25:55].astype(float), picture[25:55, 25:55].astype(float)
-    assert np.corrcoef(inside[0][..., 1].ravel(), inside[1][..., 1].ravel())[0, 1] > 0.99
-
-
-def test_objects_are_outlined_by_mask_or_box():
-    picture, mask = np.zeros((100, 100, 3), np.uint8), np.zeros((1, 100, 100), bool)
-    mask[0, 30:50, 40:70] = True
-    boxes, labels = np.array([[40.0, 30, 69, 49]]), np.array([1])
-    outline = np.zeros((100, 100), bool)
-    outline[30:50, 40:70] = True
-    outline[31:49, 41:69] = False
-    for masks in (mask, [PlacedMask.crop(mask[0])], None):
-        drawn = draw_instances(picture, boxes, labels, PALETTE, masks)
-        assert ((drawn == PALETTE[1]).all(-1) == outline).all()
-    scored = draw_instances(picture, boxes, labels, PALETTE, mask, np.array([0.5]))
-    assert ((scored == PALETTE[1]).all(-1) != outline).any()
 
 
 @pytest.fixture

@@ -109,3 +109,26 @@ def test_an_optimizer_of_another_model_is_refused(monkeypatch):
     monkeypatch.setattr(Runner, 'resume', resume)
     with pytest.raises(CheckpointError, match='does not fit this run.*parameter group.*load_from=CHECKPOINT'):
         SafeRunner.__new__(SafeRunner).resume('x.pth')
+
+
+@pytest.mark.parametrize(
+    'dataset, message',
+    [
+        (
+            dict(type='mmseg.BaseSegDataset', img_suffix='.tif'),
+            r'no images in .*images \(img_suffix: .tif\).*check_data',
+        ),
+        (dict(type='mmdet.CocoDataset', ann_file='none.json'), 'no images are left of .*/none.json: see its entries'),
+    ],
+    ids=['folder', 'annotations'],
+)
+def test_a_data_set_without_images_is_an_error_with_the_place(dataset, message, tmp_path):
+    pytest.importorskip(dataset['type'].partition('.')[0])
+    (tmp_path / 'images').mkdir()
+    (tmp_path / 'images/a.jpg').touch()
+    (tmp_path / 'none.json').write_text('{"images": [], "annotations": [], "categories": []}')
+    key = 'img_path' if 'mmseg' in dataset['type'] else 'img'
+    dataset |= dict(data_root=str(tmp_path), data_prefix={key: 'images'})
+    loader = dict(batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler'))
+    with pytest.raises(InputError, match=message):
+        SafeRunner.build_dataloader(loader | dict(dataset=dict(type='RepeatDataset', times=2, dataset=dataset)))

@@ -21,6 +21,8 @@ def linear(**options):
         (300, [dict(type=LinearLR, by_epoch=False, end=50)], '0.end=30,'),
         (300, [dict(type='mmengine.LinearLR', by_epoch=False, end=50)], '0.end=30,'),
         (250, [linear(by_epoch=False, end=26)], '0.end=25,'),
+        (19, [linear(by_epoch=False, end=2)], 'remove it, or'),  # over one step it would never leave its start
+        (200, [linear(end=1)], 'remove it, or'),
         (250, [linear(end=1)], None),  # an epoch has 25 iterations
         (250, dict(type='ConstantLR', end=2), 'takes 50 of 250 iterations.* param_scheduler.end=1,'),
         (250, [dict(type='ConstantLR', factor=0.1, by_epoch=False, end=9000)], 'takes 250 of 250'),

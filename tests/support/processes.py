@@ -11,11 +11,16 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import mmengine.runner.runner
 import torch
+import yapf.yapflib.yapf_api
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
+from support.tool_fixtures import run_tool
 
 from swin_mm import cli
 
@@ -29,13 +34,13 @@ def preload(task: str) -> None:
         importlib.import_module(f'{library}.{part}')
 
 
-def in_processes(*calls: tuple) -> list[int | None]:
+def in_processes(*calls: tuple, timeout: int = 300) -> list[int | None]:
     """Run each (function, *arguments) in a separate process, and return the exit codes when all have ended."""
     processes = [multiprocessing.get_context('fork').Process(target=_in_process, args=call) for call in calls]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=300)
+        process.join(timeout=timeout)
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
@@ -45,7 +50,31 @@ def _in_process(function: Callable, *arguments: Any) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which the tests may run, has it ignored
     gc.freeze()  # finalizers of the parent's garbage must not run in the middle of what is tested here
     torch.set_num_threads(1)  # the other threads of the parent are not here
+    # What takes seconds and is not tested: formatting configs for logs, and the versions of compilers.
+    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, True)
+    mmengine.runner.runner.collect_env = dict
     function(*arguments)
+
+
+def run_forked(tool: str, *arguments: object, cwd: Path, timeout: int = 300) -> str:
+    """``run_tool`` without the seconds in which a new process imports the libraries: the output of the tool."""
+    if torch.cuda.is_initialized():  # such a process cannot be forked
+        return run_tool(tool, *arguments, cwd=cwd, timeout=timeout)
+    with TemporaryDirectory() as folder:
+        output = Path(folder, 'output.txt')
+        codes = in_processes((_run_into, output, cwd, tool, *arguments), timeout=timeout)
+        text = output.read_text(errors='replace')
+    assert codes == [0], text[-6000:]
+    return text
+
+
+def _run_into(output: Path, cwd: Path, tool: str, *arguments: object) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout = sys.stderr = os.fdopen(file, 'w', buffering=1)
+    os.chdir(cwd)
+    run_main(tool, *arguments)
 
 
 def run_main(tool: str, *arguments: object) -> None:

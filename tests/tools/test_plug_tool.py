@@ -2,7 +2,8 @@
 
 import pytest
 from mmengine.config import Config
-from support.tool_fixtures import CLASSES, run_tool
+from support.processes import run_forked
+from support.tool_fixtures import CLASSES
 
 STOCK = 'mmdet::atss/atss_r50_fpn_1x_coco.py'
 
@@ -85,7 +86,7 @@ def test_train_plugs_and_trains(data, tmp_path):
     (tmp_path / 'fcn.py').write_text(FCN.format(data=data, classes=CLASSES))
     options = ['--plug', 't', '--work-dir', 'run', '--cfg-options', 'model.backbone.init_cfg=None']
     options += ['model.backbone.drop_path_rate=0.0']  # of the Swin: options come after plugging
-    log = run_tool('train', 'fcn.py', *options, cwd=tmp_path)
+    log = run_forked('train', 'fcn.py', *options, cwd=tmp_path)
     assert 'Iter(train) [1/1]' in log
     used = Config.fromfile(tmp_path / 'run/fcn.py')
     assert used.model.backbone.type == 'swin_mm.SwinTransformer' and used.model.backbone.drop_path_rate == 0

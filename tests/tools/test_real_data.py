@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from support.tool_fixtures import run_tool
+from support.processes import run_forked
 
 ROOT = Path(__file__).parents[2]
 DETECTION = ROOT / 'configs/mask_rcnn/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'
@@ -38,13 +38,13 @@ def test_mask_rcnn_on_coco(tmp_path, small):
         options += [
             f'{part}_dataloader.dataset.pipeline.{at}.scale=(320,192)' for part, at in (('train', 2), ('val', 1))
         ]
-        options += ['test_dataloader.dataset.pipeline.1.scale=(320,192)', 'test_dataloader.dataset.indices=16']
+        options += ['test_dataloader.dataset.pipeline.1.scale=(320,192)', 'test_dataloader.dataset.indices=6']
     # Loops validate after the last iteration whatever their interval; the test below runs on all images.
     options += ['val_dataloader.dataset.indices=2', 'default_hooks.logger.interval=1']
-    log = run_tool('train', DETECTION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
+    log = run_forked('train', DETECTION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     assert 'Epoch(train) [1][2/2]' in log
     arguments = ['run/epoch_1.pth', '--work-dir', 'test', '--out', 'predictions.pkl', '--cfg-options', *options]
-    run_tool('test', DETECTION, *arguments, cwd=tmp_path, timeout=1800)
+    run_forked('test', DETECTION, *arguments, cwd=tmp_path, timeout=1800)
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= metrics(tmp_path).keys()
     assert (tmp_path / 'predictions.pkl').stat().st_size > 0
 
@@ -62,17 +62,17 @@ def test_upernet_on_ade20k_layout(tmp_path, small):
         options += ['train_dataloader.dataset.pipeline.2.scale=(512,128)', 'model.data_preprocessor.size=(128,128)']
         options += ['train_dataloader.dataset.pipeline.3.crop_size=(128,128)']
         options += [f'{part}_dataloader.dataset.pipeline.1.scale=(512,128)' for part in ('val', 'test')]
-        options += ['test_dataloader.dataset.indices=8']
-    run_tool('train', SEGMENTATION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
+        options += ['test_dataloader.dataset.indices=4']
+    run_forked('train', SEGMENTATION, '--work-dir', 'run', '--cfg-options', *options, cwd=tmp_path, timeout=1800)
     arguments = ['run/iter_2.pth', '--work-dir', 'test', '--out', 'masks', '--cfg-options', *options]
-    run_tool('test', SEGMENTATION, *arguments, cwd=tmp_path, timeout=1800)
+    run_forked('test', SEGMENTATION, *arguments, cwd=tmp_path, timeout=1800)
     assert 0 <= metrics(tmp_path)['mIoU'] <= 100
-    assert len(list((tmp_path / 'masks').glob('*.png'))) == (8 if small else 27)
+    assert len(list((tmp_path / 'masks').glob('*.png'))) == (4 if small else 27)
 
     # The same model on images of ADE20K itself.
     other = tmp_path / 'ade'
     link(other, 'ade20k_samples', 'ade/ADEChallengeData2016')
     arguments = [tmp_path / 'run/iter_2.pth', *(a for a in arguments[1:] if 'indices' not in a)]
-    run_tool('test', SEGMENTATION, *arguments, '--show-dir', 'pictures', cwd=other, timeout=1800)
+    run_forked('test', SEGMENTATION, *arguments, '--show-dir', 'pictures', cwd=other, timeout=1800)
     assert 0 <= metrics(other)['mIoU'] <= 100
     assert len(list((other / 'pictures').rglob('*.png'))) == 3

@@ -11,7 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from pycocotools import mask as run_lengths
-from support.processes import in_processes, run_main, run_on_a_full_disk
+from support.processes import in_processes, run_forked, run_main, run_on_a_full_disk
 from support.tool_fixtures import CLASSES, Bomb, last_checkpoint, run_tool
 
 from swin_mm.engine.tta import apply_tta
@@ -36,7 +36,7 @@ def test_metrics_predictions_and_pictures(tiny, trained, tmp_path):
     # Folders are where the shell's user means them, one picture for each image, under its name.
     assert sorted(path.name for path in (tmp_path / 'drawn').iterdir()) == ['1.png', '2.png']
     drawn = np.asarray(Image.open(tmp_path / 'drawn/1.png'))
-    assert drawn.shape == (64, 192, 3), 'the ground truth stands beside the prediction'
+    assert drawn.shape[1] > 192, 'the ground truth, the prediction and a legend stand side by side'
 
     if tiny.task == 'detection':
         predictions = pickle.loads((tmp_path / out).read_bytes())
@@ -52,18 +52,8 @@ def test_metrics_predictions_and_pictures(tiny, trained, tmp_path):
 def test_time_augmentation(tiny, trained, tmp_path):
     # Segmentation has a pipeline of its own in the stock config: both are to take the default.
     own = ('--cfg-options', 'tta_pipeline=None') if tiny.task == 'segmentation' else ()
-    output = run_tool(
-        'test',
-        tiny.config,
-        last_checkpoint(trained[0]),
-        '--work-dir',
-        'x',
-        '--tta',
-        '--dtype',
-        'bf16',
-        *own,
-        cwd=tmp_path,
-    )
+    options = ('--work-dir', 'x', '--tta', '--dtype', 'bf16', *own)
+    output = run_forked('test', tiny.config, last_checkpoint(trained[0]), *options, cwd=tmp_path)
     assert tiny.metric in metrics(tmp_path / 'x')
     if tiny.task == 'detection':
         assert 'masks are left out' in output and 'coco/segm_mAP' not in metrics(tmp_path / 'x')
@@ -286,7 +276,7 @@ def test_tiles_that_are_images_of_their_own_give_their_metrics(tiny, tested):
     """Without overlap, and cut where it was composed, the composed image is the four images."""
     run, expected, predictions = tested
     found, (composed,) = run.test('composed', '--tile', '64', '--overlap', '0', '--show-dir', run.folder / 'drawn')
-    assert np.asarray(Image.open(run.folder / 'drawn/0.png')).shape == (128, 256, 3)
+    assert np.asarray(Image.open(run.folder / 'drawn/0.png')).shape[1] > 256
     assert 1 < expected[tiny.metric] * (100 if tiny.task == 'detection' else 1) < 99, 'else this says little'
     assert found.keys() == expected.keys()
     for key in found:

@@ -12,8 +12,8 @@ from types import ModuleType
 import pytest
 import torch
 from mmengine.config import Config
-from support.processes import in_processes, run_main, run_on_a_full_disk
-from support.tool_fixtures import Bomb, command, last_checkpoint, run_tool
+from support.processes import in_processes, run_forked, run_main, run_on_a_full_disk
+from support.tool_fixtures import Bomb, command, last_checkpoint
 
 from swin_mm.engine.work_dir import locked
 from swin_mm.openmmlab.loading import read_checkpoint
@@ -40,16 +40,8 @@ def test_trains_with_progress_and_metrics(tiny, trained):
 def test_resumes_behind_a_finished_epoch(tiny, work_dir, tmp_path):
     if tiny.task == 'segmentation':
         pytest.skip('counts iterations')
-    output = run_tool(
-        'train',
-        tiny.config,
-        '--resume',
-        '--work-dir',
-        work_dir,
-        '--cfg-options',
-        'train_cfg.max_epochs=2',
-        cwd=tmp_path,
-    )
+    arguments = ('--resume', '--work-dir', work_dir, '--cfg-options', 'train_cfg.max_epochs=2')
+    output = run_forked('train', tiny.config, *arguments, cwd=tmp_path)
     assert steps(output) == ['[2][1/3]', '[2][2/3]', '[2][3/3]']
 
 
@@ -86,7 +78,7 @@ def test_a_stopped_run_goes_on_where_it_was(tiny, tmp_path):
 
     end = 3 if detection else done + 2
     resume = ['--resume'] if detection else ['--resume', 'work/interrupted.pth']
-    again = run_tool(*arguments, length.format(end), 'train_cfg.val_interval=1000', *resume, cwd=tmp_path)
+    again = run_forked(*arguments, length.format(end), 'train_cfg.val_interval=1000', *resume, cwd=tmp_path)
     expected = [(e, i) for e in (1, 2, 3) for i in (1, 2, 3)][done:] if detection else [done + 1, done + 2]
     assert steps(again) == [f'[{e}][{i}/3]' for e, i in expected] if detection else [f'[{i}/{end}]' for i in expected]
     rates = [float(rate) for rate in re.findall(r' lr: (\S+)', output + again)]

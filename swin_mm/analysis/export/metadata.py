@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 
-from swin_mm.analysis.prediction import classes_and_palette
+from swin_mm.engine.drawing import classes_and_palette
 from swin_mm.engine.images import preprocessor_settings, test_pipeline
 from swin_mm.openmmlab.config import config_errors, test_dataset, type_name
 from swin_mm.utils.errors import InputError

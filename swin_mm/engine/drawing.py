@@ -1,18 +1,22 @@
 """Drawing predictions and annotations as contours in the colour of their class, so that the picture stays visible."""
 
 import colorsys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from matplotlib import get_data_path
+from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw, ImageFont
 
 from swin_mm.engine.tiles import PlacedMask
+from swin_mm.utils.errors import InputError
 
 TINT = 0.2  # share of the class's colour inside a region
-MAX_LABELLED = 25  # objects; with more, text would cover the picture
+MAX_LABELLED = 25  # objects; with more, or with boxes narrower than a score, text would cover the picture
 
 Colour = tuple[int, int, int]
 
@@ -27,6 +31,100 @@ def class_colours(count: int) -> list[Colour]:
 def line_width(picture: np.ndarray) -> int:
     """Pixels of a contour that is visible at the size of a page."""
     return max(1, round(max(picture.shape[:2]) / 500))
+
+
+def draw_prediction(
+    picture: np.ndarray, sample: BaseDataElement, classes: Sequence[str], palette: Sequence[tuple]
+) -> np.ndarray:
+    """Draw a prediction as contours with a legend beside the picture.
+
+    Args:
+        picture: (H, W, 3) RGB.
+        sample: of mmdet or mmseg, on the CPU.
+        classes: names by class id.
+        palette: colours by class id.
+
+    Returns:
+        (height, width, 3) RGB, of even height and width.
+    """
+    drawn, amounts = _draw_part(picture, sample, 'pred', classes, palette)
+    rows = [(palette[i], f'{classes[i]}  {amount}') for i, amount in amounts.items()]
+    return with_legend(drawn, rows, max(classes, key=len) + '  00.0%')
+
+
+def draw_comparison(
+    picture: np.ndarray, sample: BaseDataElement, classes: Sequence[str], palette: Sequence[tuple]
+) -> np.ndarray:
+    """Draw the ground truth, the prediction, and a legend with the amounts of both, from left to right.
+
+    Args:
+        picture: (H, W, 3) RGB.
+        sample: of mmdet or mmseg, on the CPU; without ground truth the left picture stays as it is.
+        classes: names by class id.
+        palette: colours by class id.
+
+    Returns:
+        (height, width, 3) RGB, of even height and width.
+    """
+    (left, truth), (right, found) = (_draw_part(picture, sample, part, classes, palette) for part in ('gt', 'pred'))
+    rows = [((255, 255, 255), 'annotated / predicted')]
+    rows += [(palette[i], f'{classes[i]}  {truth.get(i, "-")} / {found.get(i, "-")}') for i in truth | found]
+    longest = max([text for _, text in rows], key=len)
+    return with_legend(np.concatenate([left, right], 1), rows, longest)
+
+
+def _draw_part(
+    picture: np.ndarray, sample: BaseDataElement, part: str, classes: Sequence[str], palette: Sequence[tuple]
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Draw the prediction or the ground truth ('pred', 'gt') of a sample.
+
+    Returns:
+        The picture, and by class id, the most frequent first, the number of objects or the share of pixels.
+    """
+    counts: Counter[int]
+    kinds = ('panoptic_seg', 'sem_seg')
+    if any(f'pred_{kind}' in sample for kind in kinds):
+        maps = next((sample.get(f'{part}_{kind}') for kind in kinds if f'{part}_{kind}' in sample), None)
+        if maps is None:
+            return picture, {}
+        panoptic = 'sem_seg' in maps
+        regions = _fitted((maps.sem_seg if panoptic else maps.data).squeeze(0).numpy(), picture)
+        labels = class_ids_of_segments(regions) if panoptic else regions
+        drawn = draw_label_map(picture, labels, palette, regions)
+        # One more than the classes is void.
+        found = np.bincount(labels[labels < len(classes)].ravel(), minlength=len(classes))
+        counts = Counter(dict(enumerate(found.tolist())))
+        return drawn, {i: f'{count / labels.size:.1%}' for i, count in counts.most_common() if count}
+    if f'{part}_instances' not in sample:
+        return picture, {}
+    objects = sample.get(f'{part}_instances')
+    labels, boxes = objects.labels.numpy(), getattr(objects.bboxes, 'tensor', objects.bboxes).numpy()
+    scores = objects.scores.numpy() if 'scores' in objects else None
+    drawn = draw_instances(picture, boxes, labels, palette, _as_list(objects.get('masks')), scores)
+    counts = Counter(labels.tolist())
+    return drawn, {i: str(count) for i, count in counts.most_common()}
+
+
+def _fitted(regions: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """A label map (h, w) in the size of the picture."""
+    if regions.shape == picture.shape[:2]:
+        return regions
+    rows, columns = (np.arange(new) * old // new for new, old in zip(picture.shape[:2], regions.shape, strict=True))
+    return regions[rows][:, columns]
+
+
+def _as_list(masks: Any) -> Any:
+    """Masks of objects, (n, H, W) or a list: tensors of predictions, and what mmdet loads as ground truth."""
+    if hasattr(masks, 'to_ndarray'):
+        return masks.to_ndarray()
+    return masks.numpy() if hasattr(masks, 'numpy') else masks
+
+
+def class_ids_of_segments(ids: np.ndarray) -> np.ndarray:
+    """Class ids of mmdet's panoptic segments."""
+    from mmdet.evaluation import INSTANCE_OFFSET
+
+    return ids % INSTANCE_OFFSET
 
 
 def draw_label_map(
@@ -73,7 +171,7 @@ def draw_instances(
     masks: Sequence[np.ndarray | PlacedMask] | np.ndarray | None = None,
     scores: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw objects as contours of their masks, or as boxes if there are no masks; scores if the objects are few.
+    """Draw objects as contours of their masks, or as boxes if there are no masks; scores if there is room.
 
     Args:
         picture: (H, W, 3) RGB.
@@ -96,7 +194,8 @@ def draw_instances(
         mask = masks[i] if isinstance(masks[i], PlacedMask) else PlacedMask.crop(np.asarray(masks[i], bool))
         contours, _ = cv2.findContours(mask.pixels.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(drawn, contours, -1, colour, width, offset=(mask.left, mask.top))
-    if scores is not None and len(labels) <= MAX_LABELLED:
+    roomy = len(labels) and np.median(boxes[:, 2] - boxes[:, 0]) >= _font(picture).getlength('0.00')
+    if scores is not None and roomy and len(labels) <= MAX_LABELLED:
         _draw_scores(drawn, boxes, labels, palette, scores)
     return drawn
 
@@ -148,3 +247,15 @@ def with_legend(picture: np.ndarray, rows: Sequence[tuple[Colour, str]], longest
 def _font(picture: np.ndarray) -> ImageFont.FreeTypeFont:
     size = round(min(max(picture.shape[0] / 28, 12), 32))
     return ImageFont.truetype(str(Path(get_data_path(), 'fonts/ttf/DejaVuSans.ttf')), size)
+
+
+def classes_and_palette(config: dict, checkpoint: dict) -> tuple[list[str], list[tuple]]:
+    """Names and colours by class id; the checkpoint's data set takes precedence over the config's."""
+    metainfo = config | {key.lower(): value for key, value in checkpoint.items() if value is not None}
+    classes = metainfo.get('classes')
+    if not classes:
+        raise InputError("neither checkpoint nor config names the classes: set the dataset's metainfo.classes")
+    palette: Any = metainfo.get('palette')
+    if isinstance(palette, str) or len(palette or ()) < len(classes):
+        palette = class_colours(len(classes))
+    return [' '.join(str(name).split()) for name in classes], [tuple(colour) for colour in palette[: len(classes)]]
