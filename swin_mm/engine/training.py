@@ -26,7 +26,7 @@ from swin_mm.engine.preemption import PreemptionHook
 from swin_mm.engine.runner import build_runner, configure_training
 from swin_mm.engine.schedule import long_warmup
 from swin_mm.engine.work_dir import last_checkpoint, locked
-from swin_mm.openmmlab.config import require_data
+from swin_mm.openmmlab.config import is_disk_error, require_data
 from swin_mm.openmmlab.loading import read_checkpoint, require_training_checkpoint
 from swin_mm.utils.errors import CheckpointError, InputError, one_line
 
@@ -306,7 +306,7 @@ def run_errors(cfg: Config) -> Iterator[None]:
             f'a checkpoint of the model would run code when it is opened: {one_line(error)[:300]}; if you trust its '
             'origin, pass --allow-pickle'
         ) from error
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         if (explanation := explained(error, cfg)) is error:
             raise
         raise explanation from error
@@ -323,11 +323,16 @@ def explained(error: Exception, cfg: Config) -> Exception:
         if 'cannot be loaded' in text:
             return InputError(f'{text}; tools/check_data.py lists all such files: fix or remove them, {resume}')
         if 'cannot be written' in text:
-            return InputError(f'{text}; {_space(work_dir)}, {resume}')
+            return InputError(f'{text}; {_space(text.partition(" cannot be written")[0], work_dir)}, {resume}')
         return InputError(text)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+    if is_disk_error(error):
         where = error.filename or work_dir
-        return InputError(f'{where} cannot be written: {error.strerror}; {_space(work_dir)}, {resume}')
+        return InputError(f'{where} cannot be written: {error.strerror}; {_space(where, work_dir)}, {resume}')
+    if 'Expected more than 1 value per channel' in text:
+        return InputError(
+            'a batch of one image is too small for a BatchNorm behind pooling to 1 × 1 (UPerNet, PSPNet): use 2 or '
+            'more per GPU, --cfg-options train_dataloader.batch_size=2 train_dataloader.drop_last=True'
+        )
     shared = 'shared memory' in text or ('torch_' in text and os.strerror(errno.ENOSPC) in text)
     if shared or 'killed by signal: Bus error' in text:
         return InputError(
@@ -338,11 +343,13 @@ def explained(error: Exception, cfg: Config) -> Exception:
     return error
 
 
-def _space(folder: str) -> str:
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder).free
-        return f'{free / 1e9:.1f} GB are free there: make room, or choose another --work-dir'
-    return 'make room, or choose another --work-dir'
+def _space(path: str, work_dir: str) -> str:
+    """How much room there is where a file should have been written, and what else to do."""
+    place = Path(path).absolute()
+    folder = next(parent for parent in place.parents if parent.is_dir())
+    another = '--work-dir' if place.is_relative_to(Path(work_dir).absolute()) else 'folder'
+    free = shutil.disk_usage(folder).free
+    return f'{free / 1e9:.1f} GB are free there: make room, or choose another {another}'
 
 
 def _warn(text: str) -> None:

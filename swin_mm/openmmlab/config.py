@@ -1,6 +1,7 @@
 """Reading and checking configs, and building models from them."""
 
 import copy
+import errno
 import importlib.util
 import inspect
 import os
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, init_default_scope
@@ -222,7 +223,15 @@ def config_errors(cfg: Config) -> Iterator[None]:
         raise
     except Exception as error:
         raise_missing_dependency(error)
+        if is_disk_error(error):  # a Runner writes its first files when it is built
+            where = error.filename or cfg.get('work_dir')
+            raise InputError(f'{where} cannot be written: {error.strerror}') from error
         raise InputError(f'{cfg.filename} cannot be built: {one_line(error)} (--debug shows where)') from error
+
+
+def is_disk_error(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file could not be written because of the disk."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 def test_dataset(cfg: Config) -> ConfigDict:

@@ -58,6 +58,9 @@ swin_mm.utils.errors.InputError: a.jpg cannot be loaded: broken
         (InputError(WORKER), '^a.jpg cannot be loaded: broken; tools/check_data.py'),
         (InputError('w/epoch_1.pth cannot be written: No space'), 'GB are free there.*then start again'),
         (OSError(errno.ENOSPC, 'No space left on device', 'scalars.json'), '^scalars.json cannot be written: No space'),
+        (InputError('/elsewhere/a.png cannot be written: No space'), 'GB are free there.*choose another folder'),
+        (OSError(errno.ENOSPC, 'No space left on device'), 'cannot be written.*choose another --work-dir'),
+        (ValueError('Expected more than 1 value per channel when training, got'), 'batch_size=2'),
         (RuntimeError('DataLoader worker (pid 3) is killed by signal: Bus error.'), '--shm-size'),
         (
             RuntimeError('unable to allocate shared memory(shm) for file </torch_3>: No space left on device (28)'),

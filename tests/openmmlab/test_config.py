@@ -1,5 +1,6 @@
 """Reading configs: styles, names by library, scopes, missing libraries, missing data."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from support.tool_fixtures import ROOT
 from swin_mm.openmmlab.config import (
     apply_options,
     build_model,
+    config_errors,
     is_pure_python,
     iter_dicts,
     load_config,
@@ -302,3 +304,11 @@ kept = 'see {gone}a.pth and open-mmlab://resnet50_v1c'
     before = cfg.model
     use_current_addresses(cfg)
     assert cfg.model is before and not capsys.readouterr().err
+
+
+def test_a_full_disk_is_not_a_fault_of_the_config():
+    cfg = Config(dict(work_dir='runs/x'))
+    with pytest.raises(InputError, match='^runs/x cannot be written: No space left on device$'), config_errors(cfg):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    with pytest.raises(InputError, match='cannot be built: .*No such file'), config_errors(cfg):
+        raise FileNotFoundError(errno.ENOENT, 'No such file')
