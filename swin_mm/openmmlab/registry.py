@@ -22,12 +22,13 @@ def register_config_libraries() -> None:
     mmengine finds the configs of a library by the distribution that its table ``MODULE2PACKAGE`` gives for the import
     name, and offers no function to add one. Two things are changed in that table:
 
-    - ``swin_mm`` is added.
+    - ``swin_mm`` is added, by the name of a module in its folder: mmengine 0.10.7 looks for the files of a distribution
+      beside its metadata, where those of an editable installation are not.
     - mmseg's entry is ``mmsegmentation``. Where ``onedl-mmsegmentation`` is installed instead, mmengine reports that
       mmseg is missing. An entry whose distribution is not installed, although the module is, becomes the module's own
       name, which mmengine then looks up as a module. An entry that works is never touched.
     """
-    MODULE2PACKAGE.setdefault('swin_mm', 'swin_mm')
+    MODULE2PACKAGE.setdefault('swin_mm', 'swin_mm.version')
     for module in ('mmdet', 'mmseg', 'mmpretrain'):
         try:
             distribution(MODULE2PACKAGE.get(module, module))

@@ -9,8 +9,10 @@ import pytest
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.registry import DATASETS, LOOPS, METRICS, DefaultScope
+from mmengine.utils import get_installed_path
 from support.tool_fixtures import ROOT
 
+import swin_mm
 from swin_mm.openmmlab.config import (
     apply_options,
     build_model,
@@ -71,7 +73,7 @@ for module in changed:
 assert MODULE2PACKAGE.keys() - before.keys() == {'swin_mm'}
 """
     python(code, tmp_path)
-    assert MODULE2PACKAGE['swin_mm'] == 'swin_mm'
+    assert Path(get_installed_path(MODULE2PACKAGE['swin_mm'])) == Path(swin_mm.__file__).parent
 
 
 def test_the_change_to_mmengines_table_is_still_needed(tmp_path):
@@ -211,6 +213,7 @@ def test_missing_dependency_of_a_library_is_named(tmp_path, monkeypatch, missing
     (package / '__init__.py').touch()
     (package / 'models.py').write_text(f'import {missing}')
     monkeypatch.syspath_prepend(tmp_path / 'libraries')
+    monkeypatch.setitem(sys.modules, missing, None)  # it may be installed here
     path = tmp_path / 'config.py'
     path.write_text(f"custom_imports = dict(imports=['needs_{missing}.models'], allow_failed_imports=False)")
     with pytest.raises(DependencyError, match=f'{missing} is not installed; install it with: {command}$'):

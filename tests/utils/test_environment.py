@@ -16,6 +16,12 @@ from swin_mm.checkpoints import write_checkpoint
 from swin_mm.utils import environment
 
 SITE = Path(torch.__file__).parents[1]
+LINE = environment.LINES['original' if environment.openmmlab_line() == 'original' else 'onedl']
+
+
+def files_of(module):
+    """Patterns for a library of OpenMMLab and its metadata in site-packages."""
+    return module, LINE[module].partition('==')[0].replace('-', '_') + '-*'
 
 
 @pytest.fixture
@@ -56,24 +62,21 @@ def state(output, row):
 
 
 def test_doctor_with_required_dependencies_only(python_without):
-    absent = ('mmcv', 'onedl_mmcv*', 'mmdet', 'onedl_mmdetection*', 'mmseg', 'onedl_mmsegmentation*')
+    absent = files_of('mmcv') + files_of('mmdet') + files_of('mmseg')
     done = python_without(*absent, command=DOCTOR)
     assert done.returncode == 0, done.stderr  # nothing installed is broken
     assert state(done.stdout, 'mmengine') == 'works' and state(done.stdout, 'mmdet') == 'absent'
     assert state(done.stdout, 'the backbones') == state(done.stdout, 'attention kernel for CPUs') == 'works'
     assert 'mmdet' in state(done.stdout, 'detection configs')
-    assert 'mmdet is not installed; install it with: pip install onedl-mmdetection' in done.stdout
+    assert f'mmdet is not installed; install it with: pip install {LINE["mmdet"]}' in done.stdout
 
 
-@pytest.mark.parametrize(
-    'missing, dist, config', [('mmdet', 'mmdetection', DETECTION), ('mmseg', 'mmsegmentation', SEGMENTATION)]
-)
-def test_config_of_a_library_that_is_not_installed(python_without, missing, dist, config):
-    done = python_without(missing, f'onedl_{dist}*', command=(TRAIN, config))
+@pytest.mark.parametrize('missing, config', [('mmdet', DETECTION), ('mmseg', SEGMENTATION)])
+def test_config_of_a_library_that_is_not_installed(python_without, missing, config):
+    done = python_without(*files_of(missing), command=(TRAIN, config))
     assert done.returncode == 2
-    assert (
-        done.stderr.splitlines()[-1] == f'error: {missing} is not installed; install it with: pip install onedl-{dist}'
-    )
+    command = f'pip install {LINE[missing]}'
+    assert done.stderr.splitlines()[-1] == f'error: {missing} is not installed; install it with: {command}'
     assert 'Traceback' not in done.stderr
 
 
@@ -87,10 +90,12 @@ def test_mmcv_without_compiled_ops(python_without):
     assert 'compiled ops of mmcv are not there' in done.stderr and 'MMCV_WITH_OPS=1 pip install' in done.stderr
 
 
-# What `pip install swin_mm` brings: torch, safetensors, and what torch requires, which numpy is not.
+# What `pip install swin_mm` brings: torch, safetensors, and what torch requires, which numpy is not. Triton 3.0 imports
+# setuptools, too, which the environments of Python 3.10 and 3.11 have.
 CORE = (
     *('torch', 'torch-*', 'torch.libs', 'torchgen', 'functorch', 'triton', 'nvidia*', 'cuda*', 'safetensors*'),
     *('typing_extensions*', 'filelock*', 'sympy*', 'mpmath*', 'networkx*', 'jinja2*', 'markupsafe*', 'fsspec*'),
+    *('setuptools*', '_distutils_hack'),
 )
 PLAIN = """
 import pickle
