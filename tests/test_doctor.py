@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.attention_cases import require_triton
 
 from swin_mm import doctor
 from swin_mm.ops.attention import triton as kernel
@@ -18,11 +19,13 @@ def small(monkeypatch):
 
 
 def test_kernel_that_equals_the_definition(small):
+    require_triton()
     ((*_, state, _, _),), notes = doctor.attention_kernels(DEVICE)
     assert state == 'equals the definition' and not notes
 
 
 def test_wrong_kernel_and_its_problem_are_shown(small, monkeypatch):
+    require_triton()
     forward = kernel.forward
     monkeypatch.setattr(kernel, 'forward', lambda *args: [t * 1.1 for t in forward(*args)])
     ((*_, state, _, _),), (note,) = doctor.attention_kernels(DEVICE)

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from swin_mm.ops import verification
-from swin_mm.ops.attention.triton import launch, operators_are_seen
+from swin_mm.ops.attention.triton import launch, operators_are_seen, version_problem
 from swin_mm.utils.compat import custom_op
 
 try:
@@ -750,6 +750,8 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, channels: int) 
     """Why the kernels do not support such maps, or None if they do."""
     if triton is None:
         return 'triton is not installed or does not import'
+    if reason := version_problem():
+        return reason
     if dtype not in DTYPES:
         return f'they do not compute in {dtype}'
     if channels > MAX_CHANNELS:

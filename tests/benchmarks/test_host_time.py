@@ -5,10 +5,10 @@ import re
 import subprocess
 import sys
 
-import pytest
+from support.attention_cases import require_triton
 from support.tool_fixtures import ROOT
 
-pytest.importorskip('triton')
+require_triton()
 
 QUICK = """
 from benchmarks import host_time

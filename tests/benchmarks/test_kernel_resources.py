@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from support.attention_cases import require_triton
 from support.tool_fixtures import ROOT
 
-pytest.importorskip('triton')
+require_triton()
 
 COUNT = """
 import sys

@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from support.attention_cases import require_triton
+
 from swin_mm.ops import fused_norm, verification
 
-pytest.importorskip('triton')
+require_triton()
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -268,5 +270,7 @@ def test_unsupported_inputs_give_a_reason(monkeypatch):
     assert '5000 channels' in fused_norm.unsupported_reason(device, BF16, 5000)
     monkeypatch.setattr(fused_norm.triton.knobs.runtime, 'interpret', False)
     assert 'do not run on cpu' in fused_norm.unsupported_reason(torch.device('cpu'), BF16, 96)
+    monkeypatch.setattr(fused_norm.triton, '__version__', '3.3.1')
+    assert 'older than 3.4' in fused_norm.unsupported_reason(device, BF16, 96)
     monkeypatch.setattr(fused_norm, 'triton', None)
     assert 'triton' in fused_norm.unsupported_reason(device, BF16, 96)

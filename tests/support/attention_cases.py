@@ -1,7 +1,10 @@
 """Inputs and comparisons that the tests of all attention kernels share."""
 
+import pytest
 import torch
 import torch.nn.functional as F
+
+from swin_mm.ops.attention import triton as kernel
 
 HEADS, DIM = 2, 8
 # Maps with padding on both sides and none, shifts on both axes, on one and on none, a window larger than the map.
@@ -12,6 +15,13 @@ LAYOUTS = [
     ((3, 5), (4, 6), (2, 3)),
     ((40, 61), (3, 4), (1, 2)),
 ]
+
+
+def require_triton() -> None:
+    """Skip a module or a test where no Triton is installed that compiles the kernels, such as beside torch 2.4."""
+    pytest.importorskip('triton')
+    if reason := kernel.version_problem():
+        pytest.skip(reason, allow_module_level=True)
 
 
 def inputs(dtype: torch.dtype, size, window, cosine: bool = False) -> list:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from support.attention_cases import require_triton
 from support.tool_fixtures import ROOT
 from torch import nn
 
@@ -142,7 +143,7 @@ def test_a_preset_from_end_to_end(run, capsys, tmp_path):
 
 
 def test_launches_and_bytes_are_counted(tool, monkeypatch, tmp_path, capsys):
-    pytest.importorskip('triton')
+    require_triton()
     benchmark = tool('benchmark')
     monkeypatch.setattr('sys.argv', ['benchmark', '--quick', '--preset', 'count', '--out', str(tmp_path)])
     assert benchmark.main(benchmark.parse_args()) == 0

@@ -680,12 +680,19 @@ def attention(
     return forward(*tensors, factor, False, window, shift)[0]
 
 
+def version_problem() -> str | None:
+    """Why the installed version of Triton does not compile the kernels of this package, or None if it does."""
+    if tuple(map(int, re.findall(r'\d+', triton.__version__)[:2])) < OLDEST_TRITON:
+        return f'triton {triton.__version__} is older than {".".join(map(str, OLDEST_TRITON))}'
+    return None
+
+
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_size: int, dropout: bool) -> str | None:
     """Why :func:`attention` does not support such inputs, or None if it does."""
     if triton is None:
         return 'triton is not installed'
-    if tuple(map(int, re.findall(r'\d+', triton.__version__)[:2])) < OLDEST_TRITON:
-        return f'triton {triton.__version__} is older than {".".join(map(str, OLDEST_TRITON))}'
+    if reason := version_problem():
+        return reason
     if dropout:
         return 'it has no dropout'
     if dtype not in DTYPES:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.attention_cases import require_triton
 from support.oracles import randomise
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,8 @@ from swin_mm.ops.attention import get_kernel, reference, sdpa, self_check
 from swin_mm.ops.attention import triton as kernel
 from swin_mm.ops.attention.self_check import Case, find_problem
 
-triton = pytest.importorskip('triton')
+require_triton()
+triton = kernel.triton
 
 DEVICE = torch.device('cuda', 0) if torch.cuda.is_available() else torch.device('cpu')
 WINDOW, SHIFT, D = (3, 4), (1, 1), 16

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from support.attention_cases import require_triton
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from swin_mm.ops.attention import get_kernel, reference
 from swin_mm.ops.attention import triton as kernel
 
-pytest.importorskip('triton')
+require_triton()
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 # Batch, map, window, shift, side of a tile: padding on both sides, one and none; shifts on both axes, one and none; one
