@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 LOWEST_TORCH = (2, 4)
@@ -52,6 +53,20 @@ def operator_schema(function: Callable) -> str:
     results = [TYPES[kind] for kind in get_args(result)] if get_origin(result) is tuple else [TYPES[result]]
     arguments = ', '.join(f'{TYPES[kind]} {name}' for name, kind in hints.items())
     return f'({arguments}) -> ' + (results[0] if len(results) == 1 else f'({", ".join(results)})')
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: float | None
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``.
+
+    On CPUs, torch 2.4 computes scores of float16 inputs in float16, where large ones become infinite and results NaN.
+    """
+    if TORCH < (2, 5) and q.dtype == torch.float16 and q.device.type == 'cpu':
+        q, k, v, mask = (t.float() for t in (q, k, v, mask))
+        with torch.autocast('cpu', enabled=False):
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale).half()
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
 
 
 def is_exporting() -> bool:

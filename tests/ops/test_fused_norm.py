@@ -6,7 +6,6 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-
 from support.attention_cases import require_triton
 
 from swin_mm.ops import fused_norm, verification

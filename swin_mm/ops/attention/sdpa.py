@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swin_mm.ops.attention.reference import scores, split_heads, without_autocast
 from swin_mm.ops.windows import Size, gather_windows, region_mask, scatter_windows, window_indices
-from swin_mm.utils.compat import custom_op, is_exporting
+from swin_mm.utils.compat import custom_op, is_exporting, scaled_dot_product_attention
 
 EPS = 1e-12  # that of torch.nn.functional.normalize
 
@@ -34,7 +34,7 @@ def attention(
             added = added.expand(q.shape[0], -1, -1, -1)  # otherwise exporters assume more than one window
     else:
         added = (bias + mask[:, None]).to(q.dtype).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
-    out = F.scaled_dot_product_attention(q, k, v, added, dropout, scale=factor)
+    out = scaled_dot_product_attention(q, k, v, added, dropout, factor)
     out = out.transpose(1, 2)
     if is_exporting():
         out = out.clone(memory_format=torch.contiguous_format)  # the decomposed operator returns other strides
