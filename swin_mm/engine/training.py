@@ -334,7 +334,8 @@ def explained(error: Exception, cfg: Config) -> Exception:
             'more per GPU, --cfg-options train_dataloader.batch_size=2 train_dataloader.drop_last=True'
         )
     shared = 'shared memory' in text or ('torch_' in text and os.strerror(errno.ENOSPC) in text)
-    if shared or 'killed by signal: Bus error' in text:
+    # torch may raise that a worker exited from the error that says why.
+    if shared or 'killed by signal: Bus error' in f'{text} {error.__cause__}':
         return InputError(
             'the shared memory (/dev/shm) through which data workers pass batches is full; give it more (in Docker '
             '--shm-size) or use fewer workers: --cfg-options train_dataloader.num_workers=0 '

@@ -124,7 +124,7 @@ try:
     for batch in loader:
         pass
 except RuntimeError as error:
-    print('refused:', error)
+    print('refused:', error, error.__cause__)
 """
 
 

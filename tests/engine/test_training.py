@@ -73,6 +73,12 @@ def test_errors_of_a_run_name_the_remedy(error, expected, tmp_path):
     assert re.search(expected, text) and '\n' not in text
 
 
+def test_reason_of_a_workers_exit_is_found():
+    error = RuntimeError('DataLoader worker (pid(s) 3) exited unexpectedly')
+    error.__cause__ = RuntimeError('DataLoader worker (pid 3) is killed by signal: Bus error.')
+    assert '--shm-size' in str(explained(error, Config()))
+
+
 def test_unknown_errors_are_not_changed(tmp_path):
     for error in (RuntimeError('the loss is infinite'), OSError(errno.ECONNRESET, 'reset')):
         assert explained(error, Config(dict(work_dir=str(tmp_path)))) is error

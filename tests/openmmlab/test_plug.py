@@ -820,7 +820,7 @@ def test_failed_writing_leaves_nothing_behind(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     before = load_config('mmdet::atss/atss_r50_fpn_1x_coco.py')
-    monkeypatch.setattr('os.replace', fail)
+    monkeypatch.setattr('pathlib.Path.replace', fail)
     with pytest.raises(InputError, match='cannot be written: No space left'):
         write(before, plug(before), tmp_path / 'new.py')
     assert not list(tmp_path.iterdir())
