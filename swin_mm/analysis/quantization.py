@@ -72,7 +72,8 @@ def check_arguments(source: Path, out: Path, force: bool) -> None:
         raise InputError(f'{source}: expected an .onnx file; --out may be an .xml of OpenVINO')
     if out.suffix not in ('.onnx', '.xml'):
         raise InputError(f'--out {out} must end in .onnx or .xml')
-    require_new_file(out, force)
+    for path in (out, out.with_suffix('.bin')) if out.suffix == '.xml' else (out,):
+        require_new_file(path, force)
     for library in ('nncf', 'openvino') if out.suffix == '.xml' else ('nncf', 'onnxruntime'):
         import_library(out, library)
 

@@ -77,6 +77,9 @@ def test_arguments_are_checked_first(source, cfg, tmp_path):
     (tmp_path / 'int8.onnx').touch()
     with pytest.raises(InputError, match='--force to replace'):
         quantize(cfg, source, tmp_path / 'int8.onnx')
+    (tmp_path / 'weights.bin').write_text('of another model')
+    with pytest.raises(InputError, match=r'weights\.bin.*--force to replace'):
+        quantize(cfg, source, tmp_path / 'weights.xml')
     bare = write(Segmentor(), tmp_path / 'other.onnx', metadata('detection', ['logits']))
     pytest.importorskip('nncf')
     pytest.importorskip('openvino')
