@@ -7,6 +7,7 @@
 The file takes images and returns final labels, or boxes, scores, labels and masks. Batch, height and width of the
 images stay dynamic, unless --size fixes height and width. Without --preprocess the file takes what the config's
 data_preprocessor gives: float32, (batch, channels, height, width), normalised and padded; with it, RGB images of uint8.
+With --resize the file also resizes.
 The file is run on images of the config's test set, or those of --images, at several sizes, and written only if it
 predicts what the model predicts. See docs/export.md for more.
 """
@@ -56,6 +57,12 @@ def parse_args() -> Namespace:
     parser.add_argument(
         '--preprocess', action='store_true', help='let the file normalise and pad: it then takes RGB images of uint8'
     )
+    parser.add_argument(
+        '--resize',
+        action='store_true',
+        help="let the file also resize, to the scale of the config's test pipeline: it then takes RGB images of any "
+        'size, and its predictions are in pixels of them',
+    )
     parser.add_argument('--size', metavar='WxH', help='fix width and height of the images; torchscript needs it')
     parser.add_argument(
         '--opset', type=int, metavar='N', help=f'of ONNX, {OPSETS[0]} to {OPSETS[-1]} (default: {OPSET})'
@@ -91,6 +98,7 @@ def main(args: Namespace) -> None:
                 opset=args.opset,
                 force=args.force,
                 preprocess=args.preprocess,
+                resize=args.resize,
                 images=images,
                 metrics=args.metrics,
             )

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from swin_mm.analysis.export.metadata import KEY, VERSION, Input, Metadata
 from swin_mm.engine.images import test_pipeline, without_annotations
-from swin_mm.openmmlab.config import config_errors, test_dataset
+from swin_mm.openmmlab.config import config_errors, test_dataset, type_name
 from swin_mm.utils.errors import DependencyError, InputError, one_line
 
-TASKS = {'semantic': 'mmseg', 'detection': 'mmdet', 'instance': 'mmdet', 'backbone': None}  # and the library's scope
+# With the library's scope; None if the file predicts neither objects nor segments.
+TASKS = {'semantic': 'mmseg', 'detection': 'mmdet', 'instance': 'mmdet', 'queries': None, 'backbone': None}
 RUNTIMES = {'.onnx': ('onnxruntime', 'openvino'), '.xml': ('openvino',)}  # by suffix; the first is the default
 MODEL = 'swin_mm.analysis.runtime.ExportedModel'
 MASK_THRESHOLD = 0.5  # of a file that names none
@@ -257,8 +258,7 @@ class ExportedModel(BaseModel):
     ) -> None:
         self_file = ExportedFile(file, runtime, dtype) if isinstance(file, str | Path) else file
         metadata = self_file.metadata
-        if TASKS[metadata.task] is None:
-            raise InputError(f'{file} is a {metadata.task}: it gives features, not objects or segments')
+        require_predictions(metadata, file)
         super().__init__(preprocessor_config(metadata))
         self.file, self.metadata = self_file, metadata
         self.file_meta = {'classes': metadata.classes, 'palette': metadata.palette}  # inferencers change dataset_meta
@@ -352,6 +352,23 @@ def preprocessor_config(metadata: Metadata) -> dict[str, Any]:
     return {'type': 'mmseg.SegDataPreProcessor', **padding, **settings}
 
 
+def pipeline_of(metadata: Metadata, pipeline: Sequence[dict]) -> list[dict]:
+    """A test pipeline without what an exported file does itself: resizing and padding."""
+    inside = ('Resize', 'Pad') if metadata.input.resize_inside else ()
+    return [step for step in pipeline if type_name(step) not in inside]
+
+
+def require_predictions(metadata: Metadata, source: object) -> None:
+    """Check that a file predicts objects or segments.
+
+    Raises:
+        InputError: it does not.
+    """
+    if TASKS[metadata.task] is None:
+        gives = 'features' if metadata.task == 'backbone' else 'classes and masks of queries'
+        raise InputError(f'{source} is for the task {metadata.task}: it gives {gives}, not objects or segments')
+
+
 def use_exported(cfg: Config, path: str | Path, runtime: str | None = None, dtype: str = 'fp32') -> None:
     """Put an exported file in the place of a config's model.
 
@@ -372,6 +389,8 @@ def use_exported(cfg: Config, path: str | Path, runtime: str | None = None, dtyp
             f'{path} is for the task {metadata.task}, and {cfg.filename} is a config of '
             f'{cfg.get("default_scope") or "no library"}'
         )
+    dataset = test_dataset(cfg)
+    dataset.pipeline = pipeline_of(metadata, dataset.pipeline)
     cfg.model = dict(type=MODEL, file=str(path), runtime=runtime, dtype=dtype)
 
 
@@ -384,8 +403,7 @@ def config_of(path: str | Path, runtime: str | None = None, dtype: str = 'fp32')
     """
     metadata = read_metadata(path)
     scope = TASKS[metadata.task]
-    if scope is None:
-        raise InputError(f'{path} is a {metadata.task}: it gives features, not objects or segments')
+    require_predictions(metadata, path)
     resize = []
     if metadata.resize is not None:
         scale, keep_ratio = tuple(metadata.resize['scale']), metadata.resize['keep_ratio']
@@ -413,7 +431,7 @@ def sample_images(cfg: Config, metadata: Metadata, count: int) -> Iterator[np.nd
     Raises:
         InputError: the data set cannot be built.
     """
-    pipeline = without_annotations(test_pipeline(cfg))
+    pipeline = pipeline_of(metadata, without_annotations(test_pipeline(cfg)))
     dataset = dict((cfg.get('train_dataloader') or cfg.test_dataloader)['dataset'])
     while 'dataset' in dataset:
         dataset = dict(dataset['dataset'])

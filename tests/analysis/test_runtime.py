@@ -180,6 +180,21 @@ def test_images_to_calibrate_on_are_prepared_as_in_a_test(tiny, data):
     np.testing.assert_allclose(images[0][0].transpose(1, 2, 0), expected, atol=1.5)  # JPEG decoders differ by 2
 
 
+def test_a_file_that_resizes_gets_images_as_they_are(tiny, tmp_path):
+    cfg, scale = Config.fromfile(tiny.config), dict(scale=[48, 48], keep_ratio=True)
+    cfg.test_dataloader.dataset.pipeline[1].scale = (48, 48)  # images are 96 x 64
+    detects = tiny.task == 'detection'
+    about = metadata('detection', ['boxes', 'scores', 'labels']) if detects else metadata('semantic', ['logits'])
+    image = next(sample_images(cfg, about, 1))
+    assert image.shape[2:] == ((32, 64) if detects else (32, 48))  # the detector's are padded
+    about = replace(about, input=replace(about.input, resize_inside=scale))
+    assert next(sample_images(cfg, about, 1)).shape[2:] == (64, 96)
+    file = write(Detector(False) if detects else Segmentor(), tmp_path / 'model.onnx', about)
+    assert read_metadata(file).input.resize_inside == scale
+    use_exported(cfg, file)
+    assert 'Resize' not in [step['type'] for step in cfg.test_dataloader.dataset.pipeline]
+
+
 def test_a_file_without_metadata_or_of_another_kind_is_refused(files, tmp_path):
     import onnx
 

@@ -12,12 +12,13 @@ from torch import nn
 CLASSES = ('square', 'bar', 'disc')
 NECK_64 = 'neck=dict(in_channels=[32, 64, 128], out_channels=64{more}),'
 DENSE_64 = 'bbox_head=dict(in_channels=64, feat_channels=64, stacked_convs=1, num_classes=3),'
+FEWER = 'test_cfg=dict(nms_pre=200),'
 TWO_STAGE_NECK = 'neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),'
 RPN = 'rpn_head=dict(in_channels=32, feat_channels=32),'
 BOX = 'in_channels=32, fc_out_channels=32, num_classes=3'
 POOL = 'dict(out_channels=32)'
 MASK = 'dict(in_channels=32, conv_out_channels=32, num_convs=1, num_classes=3)'
-FEW = 'test_cfg=dict(rpn=dict(max_per_img=60), rcnn=dict(max_per_img=20)),'
+FEW = 'test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=60), rcnn=dict(max_per_img=20)),'
 CASCADE_BOX = (
     "dict(type='{kind}', in_channels=32, conv_out_channels=32, fc_out_channels=32, roi_feat_size=7, num_classes=3, "
     "reg_class_agnostic={agnostic}, num_shared_convs=1, num_shared_fcs=1, norm_cfg=dict(type='BN'), "
@@ -43,14 +44,20 @@ MASKFORMER = (
     'in_channels=[16, 32, 64, 128], feat_channels=32, out_channels=32, num_queries=12, '
     'loss_cls=dict(class_weight=[1.0] * 3 + [0.1]), positional_encoding=dict(num_feats=16), '
     f'transformer_decoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict({ATTENTION}), '
-    f'cross_attn_cfg=dict({ATTENTION}), {FFN})), num_classes=3'
+    f'cross_attn_cfg=dict({ATTENTION}), {FFN}))'
 )
+SEGMENTS = 'num_things_classes=2, num_stuff_classes=1'
 FUSION = 'panoptic_fusion_head=dict(num_things_classes=3), test_cfg=dict(max_per_image=10),'
 
 # name -> the config below it, and what is made small besides the backbone
 MODELS_OF_MMDET = {
-    'retinanet': ('retinanet/retinanet_swin-t-p4-w7_fpn_adamw-1x_coco', NECK_64.format(more='') + DENSE_64),
-    'atss': ('atss/atss_swin-t-p4-w7_fpn_ms-crop-3x_coco', NECK_64.format(more='') + DENSE_64),
+    'retinanet': ('retinanet/retinanet_swin-t-p4-w7_fpn_adamw-1x_coco', NECK_64.format(more='') + DENSE_64 + FEWER),
+    'fcos': (  # on RetinaNet's config: the project has none of FCOS
+        'retinanet/retinanet_swin-t-p4-w7_fpn_adamw-1x_coco',
+        f"{NECK_64.format(more='')} bbox_head=dict(_delete_=True, type='FCOSHead', in_channels=64, feat_channels=64, "
+        f'stacked_convs=1, num_classes=3), {FEWER}',
+    ),
+    'atss': ('atss/atss_swin-t-p4-w7_fpn_ms-crop-3x_coco', NECK_64.format(more='') + DENSE_64 + FEWER),
     'rtmdet': (
         'rtmdet/rtmdet_l_swin_b_4xb32-100e_coco',
         NECK_64.format(more=", num_csp_blocks=1, norm_cfg=dict(_delete_=True, type='BN')") + DENSE_64,
@@ -74,6 +81,15 @@ MODELS_OF_MMDET = {
         'mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco',
         f'panoptic_head=dict({MASK2FORMER.format(classes=3)}, num_things_classes=3), {FUSION}',
     ),
+    'mask2former-panoptic': (
+        'mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic',
+        f'panoptic_head=dict({MASK2FORMER.format(classes=3)}, {SEGMENTS}), '
+        f'panoptic_fusion_head=dict({SEGMENTS}), test_cfg=dict(instance_on=False),',
+    ),
+    'maskformer-panoptic': (
+        'mmdet::maskformer/maskformer_swin-l-p4-w12_64xb1-ms-300e_coco',
+        f'panoptic_head=dict({MASKFORMER}, {SEGMENTS}), panoptic_fusion_head=dict({SEGMENTS}),',
+    ),
     'dino': (
         'dino/dino-5scale_swin-l_8xb2-12e_coco',
         f"neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=dict(type='BN', _delete_=True)), "
@@ -95,19 +111,27 @@ MODELS_OF_MMSEG = {
     ),
     'maskformer-semantic': (
         'maskformer/maskformer_swin-t_upernet_8xb2-160k_ade20k-512x512',
-        f'decode_head=dict({MASKFORMER}),',
+        f'decode_head=dict({MASKFORMER}, num_classes=3),',
     ),
 }
 ALL = MODELS_OF_MMDET | MODELS_OF_MMSEG
+V2 = ('upernet', 'retinanet', 'mask-rcnn')  # these also exist as NAME-v2, with Swin V2
+BACKBONE_V2 = SMALL_BACKBONE.replace('dict(', "dict(type='swin_mm.SwinTransformerV2', window_size=8, ", 1)
+NAMES = (*ALL, *(f'{name}-v2' for name in V2))
 
 
 def write_config(name: str, folder: Path) -> Path:
     """Write the config of a tiny model; its data does not exist."""
-    base, model = ALL[name]
-    kind = "type='BaseSegDataset', " if name in MODELS_OF_MMSEG else ''
+    plain = name.removesuffix('-v2')
+    base, model = ALL[plain]
+    backbone = SMALL_BACKBONE if plain == name else BACKBONE_V2
+    kind = "type='BaseSegDataset', " if plain in MODELS_OF_MMSEG else ''
+    if '::' in base:
+        backbone = backbone.replace('dict(', "dict(_delete_=True, type='swin_mm.SwinTransformer', ", 1)
+    base = f'{base}.py' if '::' in base else f'{ROOT}/configs/{base}.py'
     path = folder / f'{name}.py'
     path.write_text(
-        f"_base_ = r'{ROOT}/configs/{base}.py'\nmodel = dict({SMALL_BACKBONE}{model})\n"
+        f"_base_ = r'{base}'\nmodel = dict({backbone}{model})\n"
         f'test_dataloader = dict(dataset=dict({kind}metainfo=dict(classes={CLASSES})))\n'
     )
     return path

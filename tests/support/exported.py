@@ -10,10 +10,10 @@ from swin_mm.analysis.export.metadata import KEY, Input, Metadata
 MEAN, STD = (10.0, 20.0, 30.0), (2.0, 3.0, 4.0)
 
 
-def metadata(task: str, outputs: list[str], resize: dict | None = None) -> Metadata:
-    """Metadata of a file that takes normalised RGB."""
+def metadata(task: str, outputs: list[str], resize: dict | None = None, inside: dict | None = None) -> Metadata:
+    """Metadata of a file that takes normalised RGB; ``inside`` is what it says that it resizes to."""
     divisor = 32 if task != 'semantic' else 1
-    takes = Input('RGB', 'float32', False, MEAN, STD, divisor)
+    takes = Input('RGB', 'float32', False, MEAN, STD, divisor, resize_inside=inside)
     masks = ('box28', 0.5) if 'masks' in outputs else (None, None)
     return Metadata(task, ('square', 'bar'), ((255, 0, 0), (0, 255, 0)), takes, resize, tuple(outputs), *masks)
 

@@ -29,6 +29,7 @@ class Input:
         std: of each channel.
         size_divisor: what height and width must be divisible by after padding at the right and at the bottom; 1 if
             the file pads.
+        resize_inside: what the file does to images of any size, as ``Metadata.resize``; None if the caller resizes.
     """
 
     channels: str
@@ -39,6 +40,7 @@ class Input:
     size_divisor: int
     name: str = 'image'
     layout: str = 'NCHW'
+    resize_inside: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,12 @@ class Metadata:
     """The content of the key ``swin_mm``.
 
     Args:
-        task: 'semantic', 'detection', 'instance' or 'backbone'.
+        task: 'semantic', 'detection', 'instance', 'queries' or 'backbone'.
         classes: names by class id.
         palette: colours by class id, (r, g, b).
         input: what the file takes.
         resize: ``scale`` (w, h) and ``keep_ratio`` of the config's test pipeline, which the caller applies before;
-            None if it does not resize.
+            None if it does not resize, or the file does.
         outputs: their names, in their order.
         mask_format: of an output ``masks``: 'box28' are probabilities inside the box, 'image' in the whole image.
         mask_threshold: what is above it belongs to the object.

@@ -9,8 +9,8 @@ from mmengine.config import Config
 from swin_mm.analysis.export.comparison import METRIC, Difference, Run
 from swin_mm.analysis.export.metadata import Metadata
 from swin_mm.analysis.quantization import METRICS, evaluate, test_set
-from swin_mm.analysis.runtime import ExportedModel, LoadedFile
-from swin_mm.openmmlab.config import require_data
+from swin_mm.analysis.runtime import ExportedModel, LoadedFile, pipeline_of
+from swin_mm.openmmlab.config import require_data, test_dataset
 from swin_mm.utils.errors import InputError
 
 
@@ -27,12 +27,17 @@ def compare_metrics(cfg: Config, model: Any, run: Run, metadata: Metadata) -> li
     require_data(cfg, 'test')
     loader, evaluator = test_set(cfg)
 
+    pipeline = test_dataset(cfg).pipeline
+    test_dataset(cfg).pipeline = pipeline_of(metadata, pipeline)
+    file_loader, _ = test_set(cfg)
+    test_dataset(cfg).pipeline = pipeline
+
     def by_name(images: np.ndarray) -> dict[str, np.ndarray]:
         outputs = (output.numpy() for output in run(torch.from_numpy(images)))
         return dict(zip(metadata.outputs, outputs, strict=True))
 
-    tested = model, ExportedModel(LoadedFile(by_name, metadata))
-    found = [evaluate(each, loader, evaluator) for each in tested]
+    exported = ExportedModel(LoadedFile(by_name, metadata))
+    found = [evaluate(model, loader, evaluator), evaluate(exported, file_loader, evaluator)]
     names = [name for name in METRICS if name in found[0]]
     if not names:
         raise InputError(f'--metrics: the test gives none of {", ".join(METRICS)}, but {", ".join(found[0])}')

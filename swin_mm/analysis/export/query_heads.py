@@ -111,18 +111,10 @@ class InstanceFusion(nn.Module):
     Args:
         head: of mmdet.
         operators: not used.
-
-    Raises:
-        InputError: the config does not predict instances.
     """
 
     def __init__(self, head: Any, operators: Operators | None = None) -> None:
         super().__init__()
-        if not head.test_cfg.get('instance_on', False):
-            raise InputError(
-                'test_cfg.instance_on=False: panoptic segments are merged one after the other, which a graph cannot '
-                'express; instances can be exported: --cfg-options model.test_cfg.instance_on=True'
-            )
         self.count = int(head.test_cfg.get('max_per_image', 100))
         self.things = head.num_things_classes
 

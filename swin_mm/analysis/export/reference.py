@@ -13,9 +13,10 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from swin_mm.analysis.export.whole import flatten, to_labels
+from swin_mm.analysis.export.whole import flatten, predicts_instances, to_labels
 from swin_mm.engine.images import image_reader, test_pipeline
 from swin_mm.openmmlab.config import config_errors, test_dataset, type_name
 
@@ -23,7 +24,14 @@ MAX_IMAGES = 3
 
 
 @torch.no_grad()
-def reference_outputs(model: Any, part: str, x: Tensor, size: tuple[int, int]) -> list[Tensor]:
+def reference_outputs(
+    model: Any,
+    part: str,
+    x: Tensor,
+    size: tuple[int, int],
+    raw: tuple[int, int] | None = None,
+    resized_size: tuple[int, int] | None = None,
+) -> list[Tensor]:
     """The outputs of the original model on a batch.
 
     Args:
@@ -31,6 +39,8 @@ def reference_outputs(model: Any, part: str, x: Tensor, size: tuple[int, int]) -
         part: one of ``PARTS``.
         x: images, normalised and padded.
         size: (height, width) without padding.
+        raw: (height, width) before resizing, in whose pixels predictions are given; None for ``size``.
+        resized_size: (height, width) after resizing, before padding by the test pipeline; None for ``size``.
 
     Returns:
         Tensors in the order of the file's outputs. Objects are padded to a common number with scores of 0; their masks
@@ -40,14 +50,26 @@ def reference_outputs(model: Any, part: str, x: Tensor, size: tuple[int, int]) -
         return list(flatten(model(x)))
     if hasattr(model, 'encode_decode'):
         logits = model.encode_decode(x, [{'img_shape': x.shape[2:]} for _ in x])[..., : size[0], : size[1]]
+        if raw is not None:
+            logits = F.interpolate(logits, raw, mode='bilinear', align_corners=model.align_corners)
         return [logits if part == 'model' else to_labels(model, logits)]
-    if part == 'model':
+    queries = hasattr(model, 'panoptic_fusion_head')
+    if part == 'model' and not queries:
         return list(flatten(model(x, mode='tensor')))
     from mmdet.structures import DetDataSample
 
     padded = tuple(x.shape[2:])
-    meta = dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0), batch_input_shape=padded, pad_shape=padded)
-    samples = model.predict(x, [DetDataSample(metainfo=dict(meta)) for _ in x], rescale=True)
+    after = resized_size or size
+    scale_factor = (after[1] / raw[1], after[0] / raw[0]) if raw is not None else (1.0, 1.0)
+    meta = dict(
+        img_shape=size, ori_shape=raw or size, scale_factor=scale_factor, batch_input_shape=padded, pad_shape=padded
+    )
+    empty = [DetDataSample(metainfo=dict(meta)) for _ in x]
+    if queries and (part == 'model' or not predicts_instances(model)):
+        logits, masks = model.panoptic_head.predict(model.extract_feat(x), empty)
+        masks = masks[..., : size[0], : size[1]]
+        return [logits, masks if raw is None else F.interpolate(masks, raw, mode='bilinear', align_corners=False)]
+    samples = model.predict(x, empty, rescale=True)
     objects = [sample.pred_instances for sample in samples]
     outputs = [[each.bboxes for each in objects], [each.scores for each in objects], [each.labels for each in objects]]
     if any('masks' in each for each in objects):
@@ -75,8 +97,13 @@ def find_images(cfg: Config, paths: Sequence[str | Path] = ()) -> list[str]:
     return [str(file) for file in files if file and Path(file).is_file()]
 
 
-def prepared_images(cfg: Config, files: Sequence[str]) -> list[np.ndarray]:
+def prepared_images(cfg: Config, files: Sequence[str], resize: bool = True) -> list[np.ndarray]:
     """Images (H, W, channels) as the config's test pipeline gives them to the model, before normalisation.
+
+    Args:
+        cfg: the config.
+        files: image files.
+        resize: whether to resize and pad them.
 
     Raises:
         InputError: a file cannot be read, or the pipeline cannot be built.
@@ -87,7 +114,7 @@ def prepared_images(cfg: Config, files: Sequence[str]) -> list[np.ndarray]:
     if any(type_name(step) not in ('Resize', 'Pad') for step in steps):
         steps = [step for step in steps if type_name(step) == 'Resize']
     with config_errors(cfg):
-        transforms = [TRANSFORMS.build(dict(step)) for step in steps]
+        transforms = [TRANSFORMS.build(dict(step)) for step in steps] if resize else []
     prepared = []
     for file in files:
         image = read(file)

@@ -7,23 +7,31 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from swin_mm.analysis.export.comparison import TOLERANCES, Difference, compare, root_cause
+from swin_mm.analysis.export.comparison import LEVELS, TOLERANCES, Difference, compare, root_cause
 from swin_mm.analysis.export.formats import LIBRARIES, OPSETS, SUFFIXES, WRITERS, Sides, output_file
 from swin_mm.analysis.export.metadata import Metadata, describe_input, names_and_colours, resize_of
-from swin_mm.analysis.export.reference import batches, find_images, noise, prepared_images, reference_outputs
+from swin_mm.analysis.export.reference import (
+    batches,
+    find_images,
+    noise,
+    prepared_images,
+    reference_outputs,
+    resized,
+)
 from swin_mm.analysis.export.replacements import class_name
-from swin_mm.analysis.export.whole import Exportable, Preprocess
+from swin_mm.analysis.export.whole import Exportable, Preprocess, Resize
 from swin_mm.checkpoints import unwrap, write_checkpoint
-from swin_mm.engine.images import preprocessor_settings
+from swin_mm.engine.images import preprocessor_settings, test_pipeline
 from swin_mm.engine.runner import load_complete
 from swin_mm.models.swin import SwinPyramid
-from swin_mm.openmmlab.config import build_model
+from swin_mm.openmmlab.config import build_model, type_name
 from swin_mm.openmmlab.loading import read_checkpoint
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import require_new_file
@@ -82,6 +90,7 @@ def export(
     opset: int | None = None,
     force: bool = False,
     preprocess: bool = False,
+    resize: bool = False,
     images: Sequence[str | Path] = (),
     metrics: bool = False,
 ) -> list[Difference]:
@@ -97,6 +106,8 @@ def export(
         opset: of ONNX; None for ``OPSET``.
         force: replace an existing file.
         preprocess: let the file normalise and pad; it then takes RGB images of type uint8.
+        resize: also let it resize, to the scale of the config's test pipeline; it then takes images of any size, and
+            its predictions are in pixels of them. Implies ``preprocess``.
         images: files to compare on; without any, images of the config's test set, or noise if there are none.
         metrics: also compare the config's metrics, on its whole test set.
 
@@ -108,6 +119,7 @@ def export(
         CheckpointError: the checkpoint cannot be read, or does not cover the model.
         ExportDiffersError: the file does not agree with PyTorch.
     """
+    preprocess = preprocess or resize
     check_arguments(to, out, size, opset, force, preprocess)
     if metrics and (part == 'backbone' or to == 'safetensors' or not cfg.get('test_dataloader')):
         raise InputError('--metrics needs a whole model, whose config has a test set')
@@ -116,18 +128,20 @@ def export(
         write_checkpoint({key: value.contiguous() for key, value in model.state_dict().items()}, out, force)
         return []
     before = preprocess_module(cfg) if preprocess else None
-    exportable = Exportable(model, part, before, onnx=to in ('onnx', 'openvino')).eval()
+    first = resize_module(cfg, model) if resize else None
+    exportable = Exportable(model, part, before, to in ('onnx', 'openvino'), first).eval()
+    part = exportable.part
     channels = next(module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d))
     if preprocess and channels != 3:
         raise InputError(f'--preprocess: the file would take RGB images, but the model takes {channels} channels')
-    inputs = Inputs(cfg, model, channels, preprocess)
-    sides = Sides(smallest_side(model), side_multiple(model))
+    inputs = Inputs(cfg, model, channels, preprocess, first)
+    sides = Sides(1) if resize else Sides(smallest_side(model), side_multiple(model))
     differences: list[Difference] = []
     with torch.no_grad(), output_file(out, to) as file, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # exporters warn about themselves, and mmdet about PyTorch
         pairs = inputs.make(part, size, sides, images)
         try:
-            example = pairs[1][0]
+            example = pairs[1].image
             names = exportable.output_names(len(exportable(example)))
             if not size:  # torch.export may treat maps of one cell as a special case: have none
                 example = example.new_zeros((2, channels, *map(sides.fit, EXAMPLE)))
@@ -140,9 +154,14 @@ def export(
             raise InputError(
                 f'{to} cannot export the {part} of {cfg.filename}: {root_cause(error)} (--debug shows where){hint}'
             ) from error
-        for image, x in pairs:
-            expected = reference_outputs(model, part, x, (image.shape[2], image.shape[3]))
-            differences += compare(names, image, expected, run, metadata.mask_threshold)
+        for pair in pairs:
+            raw = (pair.image.shape[2], pair.image.shape[3]) if resize else None
+            after = first.size(*raw) if first is not None and raw is not None else None
+            expected = reference_outputs(model, part, pair.x, pair.size, raw, after)
+            differences += compare(names, pair.image, expected, run, metadata.mask_threshold)
+            if pair.levels is not None:
+                shape = tuple(pair.image.shape)
+                differences.append(Difference(shape, 'resized image', pair.size, LEVELS, pair.levels))
         if metrics and all(each.within_tolerance for each in differences):
             from swin_mm.analysis.export.metrics import compare_metrics  # it imports modules that import this package
 
@@ -158,6 +177,22 @@ def export(
     return differences
 
 
+class Pair(NamedTuple):
+    """A batch of images to compare on.
+
+    Args:
+        image: what the file takes.
+        x: what the model takes.
+        size: (height, width) of ``x`` without padding.
+        levels: how far the resized image is from that of OpenCV, of 255; None without resizing.
+    """
+
+    image: Tensor
+    x: Tensor
+    size: tuple[int, int]
+    levels: float | None = None
+
+
 class Inputs:
     """Images to compare on, as the file takes them and as the model does.
 
@@ -166,18 +201,19 @@ class Inputs:
         model: the model or its backbone.
         channels: of an image.
         preprocess: whether the file normalises and pads.
+        resize: how it resizes; None if it does not.
     """
 
-    def __init__(self, cfg: Config, model: nn.Module, channels: int, preprocess: bool) -> None:
-        self.cfg, self.channels, self.preprocess = cfg, channels, preprocess
+    def __init__(
+        self, cfg: Config, model: nn.Module, channels: int, preprocess: bool, resize: Resize | None = None
+    ) -> None:
+        self.cfg, self.channels, self.preprocess, self.resize = cfg, channels, preprocess, resize
         settings = preprocessor_settings(cfg)
         self.preprocessor = getattr(model, 'data_preprocessor', None)
         if self.preprocessor is None and settings.get('type'):
             self.preprocessor = build_model(cfg, settings).eval()
 
-    def make(
-        self, part: str, size: tuple[int, int] | None, sides: Sides, files: Sequence[str | Path]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def make(self, part: str, size: tuple[int, int] | None, sides: Sides, files: Sequence[str | Path]) -> list[Pair]:
         """Pairs of what the file takes and what the model takes, at several sizes.
 
         Args:
@@ -190,26 +226,32 @@ class Inputs:
             InputError: a file cannot be read.
         """
         found = find_images(self.cfg, files)
-        images = prepared_images(self.cfg, found)
+        images = prepared_images(self.cfg, found, resize=self.resize is None)
         if any(image.shape[2] != self.channels for image in images) or not images:
             images = noise(self.channels)
         pairs = [self.pair(torch.from_numpy(batch)) for batch in batches(images, size, sides.fit)]
-        if part != 'predictions' and size is None:
+        if part != 'predictions' and size is None and self.resize is None:
             for count, height, width in SIZES:
                 shape = (count, self.channels, sides.fit(height), sides.fit(width))
                 if self.preprocess:
                     pairs.append(self.pair(torch.randint(0, 256, shape, dtype=torch.uint8).permute(0, 2, 3, 1)))
                 else:
-                    pairs.append((image := torch.randn(shape), image))
+                    pairs.append(Pair(image := torch.randn(shape), image, shape[2:]))
         return pairs
 
-    def pair(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def pair(self, batch: Tensor) -> Pair:
         """From images (B, H, W, channels) as OpenCV reads them."""
-        image = batch.permute(0, 3, 1, 2).contiguous()
-        x = self.normalised(image)
+        image = raw = batch.permute(0, 3, 1, 2).contiguous()
+        levels = None
+        if self.resize is not None:
+            image = self.resize(raw)
+            height, width = self.resize.size(raw.shape[2], raw.shape[3])
+            native = torch.from_numpy(np.stack([resized(each, (width, height)) for each in batch.numpy()]))
+            levels = (image[..., :height, :width] - native.permute(0, 3, 1, 2)).abs().max().item()
+        x, size = self.normalised(image), (image.shape[2], image.shape[3])
         if not self.preprocess:
-            return x, x
-        return (image.flip(1) if self.channels == 3 else image), x
+            return Pair(x, x, (x.shape[2], x.shape[3]))
+        return Pair(raw.flip(1) if self.channels == 3 else raw, x, size, levels)
 
     def normalised(self, images: Tensor) -> Tensor:
         """The images (B, channels, H, W) after the config's data preprocessor."""
@@ -234,6 +276,38 @@ def preprocess_module(cfg: Config) -> Preprocess:
     )
 
 
+def resize_module(cfg: Config, model: nn.Module) -> Resize:
+    """What the config's test pipeline does to the size of an image.
+
+    Raises:
+        InputError: a file cannot do it.
+    """
+    scale, pipeline = resize_of(cfg), test_pipeline(cfg)
+    others = [type_name(step) for step in pipeline if not type_name(step).startswith(('Load', 'Resize', 'Pad', 'Pack'))]
+    if scale is None or others:
+        raise InputError(
+            f'--resize: expected a test pipeline that changes the image by a Resize step with scale=..., got '
+            f'{", ".join(others) or "none"}'
+        )
+    step = next(step for step in pipeline if type_name(step) == 'Resize')
+    if step.get('interpolation', 'bilinear') != 'bilinear':
+        raise InputError(f'--resize: interpolation={step["interpolation"]!r} is not supported; expected bilinear')
+    pad = next((step for step in pipeline if type_name(step) == 'Pad'), {})
+    value = pad.get('pad_val', 0)
+    values = value.get('img', 0) if isinstance(value, dict) else value
+    values = {float(each) for each in (values if isinstance(values, Sequence) else [values])}
+    if pad and (not pad.get('size') or len(values) > 1):
+        raise InputError(
+            '--resize: expected a Pad step with a size, and one value for all colours, in the test pipeline'
+        )
+    if scale['keep_ratio'] and not pad and (smallest_side(model) > 1 or side_multiple(model) > 1):
+        raise InputError(
+            '--resize: the model does not take every size that resizing gives; a Pad step with size=... in the test '
+            'pipeline makes them one'
+        )
+    return Resize(tuple(scale['scale']), scale['keep_ratio'], tuple(pad['size']) if pad else None, values.pop())
+
+
 def describe(cfg: Config, meta: dict, exportable: Exportable, names: list[str], preprocess: bool) -> Metadata:
     """The metadata of a file.
 
@@ -244,14 +318,19 @@ def describe(cfg: Config, meta: dict, exportable: Exportable, names: list[str], 
         names: of its outputs.
         preprocess: whether it normalises and pads.
     """
-    described = describe_input(cfg, preprocess)
+    described, inside = describe_input(cfg, preprocess), exportable.resize is not None
+    multiple = 1 if inside else side_multiple(exportable.model)
     classes, palette = ((), ()) if exportable.task == 'backbone' else names_and_colours(cfg, meta)
     return Metadata(
         task=exportable.task,
         classes=classes,
         palette=palette,
-        input=replace(described, size_divisor=math.lcm(described.size_divisor, side_multiple(exportable.model))),
-        resize=resize_of(cfg),
+        input=replace(
+            described,
+            size_divisor=math.lcm(described.size_divisor, multiple),
+            resize_inside=resize_of(cfg) if inside else None,
+        ),
+        resize=None if inside else resize_of(cfg),
         outputs=tuple(names),
         mask_format=exportable.mask_format,
         mask_threshold=exportable.mask_threshold,

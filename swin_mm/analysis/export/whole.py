@@ -18,6 +18,7 @@ from swin_mm.analysis.export.replacements import DETECTORS, HEADS, class_name, e
 from swin_mm.analysis.export.uper_head import UPerHead
 from swin_mm.utils.errors import InputError
 
+HALF = 0.5 + 2**-10  # halves are rounded up, also where a runtime's error puts them below a half
 PARTS = ('predictions', 'model', 'backbone')
 
 
@@ -53,56 +54,129 @@ class Preprocess(nn.Module):
         return image
 
 
+class Resize(nn.Module):
+    """Resize images as the ``Resize`` step of a test pipeline does, and pad them as a ``Pad`` step after it.
+
+    Sizes are computed in integers, so that a graph computes them exactly for any size of image. Pixels are whole
+    numbers, as OpenCV gives them.
+
+    Args:
+        scale: (width, height).
+        keep_ratio: make the image as large as fits into the scale, or its transpose; otherwise exactly so large.
+        pad: (width, height) after padding at the right and at the bottom; None without.
+        value: of the padding.
+    """
+
+    def __init__(
+        self, scale: tuple[int, int], keep_ratio: bool, pad: tuple[int, int] | None = None, value: float = 0
+    ) -> None:
+        super().__init__()
+        self.scale, self.keep_ratio, self.pad, self.value = scale, keep_ratio, pad, value
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) that an image is resized to, without padding; both may be symbolic.
+
+        mmcv rounds the sides of half a pixel in floating point, where they may come out one pixel smaller.
+        """
+        if not self.keep_ratio:
+            return self.scale[1], self.scale[0]
+        long, short = torch.sym_max(height, width), torch.sym_min(height, width)
+        most, least = max(self.scale), min(self.scale)
+
+        def scaled(side: int) -> int:  # side * min(most / long, least / short), rounded
+            result = torch.sym_min((2 * side * most + long) // (2 * long), (2 * side * least + short) // (2 * short))
+            return torch.sym_max(1, result)  # torch.export needs to know that it is positive
+
+        return scaled(height), scaled(width)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) of any type -> float."""
+        size = self.size(image.shape[2], image.shape[3])
+        image = F.interpolate(image.float(), size=size, mode='bilinear', align_corners=False)
+        image = (image + HALF).floor()
+        if self.pad is not None:
+            image = F.pad(image, (0, self.pad[0] - size[1], 0, self.pad[1] - size[0]), value=self.value)
+        return image
+
+
 class Exportable(nn.Module):
     """Images (B, C, H, W) to a tuple of tensors.
 
     Args:
         model: a model, or a backbone. It is not changed.
-        part: 'backbone' if ``model`` is one; 'model' for logits of a segmentor or maps of a one-stage detector;
-            'predictions' for final labels, boxes and masks.
+        part: 'backbone' if ``model`` is one; 'model' for logits of a segmentor, maps of a one-stage detector, or
+            logits of a panoptic model's queries; 'predictions' for final labels, boxes and masks. Of a panoptic model
+            that predicts no instances, 'predictions' are those of 'model': what is merged to segments.
         preprocess: comes before the model; None if the caller normalises and pads.
         onnx: whether it is for ONNX; otherwise it uses operators of PyTorch only.
+        resize: comes before everything, and predictions are in pixels of the image before it; None if the caller
+            resizes.
 
     Raises:
         InputError: the part cannot be exported.
     """
 
-    def __init__(self, model: nn.Module, part: str, preprocess: Preprocess | None = None, onnx: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        part: str,
+        preprocess: Preprocess | None = None,
+        onnx: bool = True,
+        resize: Resize | None = None,
+    ) -> None:
         super().__init__()
-        self.part, self.preprocess = part, preprocess
+        self.part, self.preprocess, self.resize = part, preprocess, resize
         self.is_segmentor = hasattr(model, 'encode_decode')
+        self.has_queries = hasattr(model, 'panoptic_fusion_head')
+        if part == 'predictions' and self.has_queries and not predicts_instances(model):
+            self.part = part = 'model'
         if part == 'model' and getattr(model, 'with_roi_head', False):
             raise InputError(
                 f'--part model: {type(model).__name__} selects boxes between its two stages, so there are no maps '
                 'before the selection; --part predictions and --part backbone work'
             )
-        if part == 'predictions' and not self.is_segmentor and class_name(model) not in DETECTORS:
+        heads = self.is_segmentor or part == 'predictions' or (part == 'model' and self.has_queries)
+        if heads and not self.is_segmentor and class_name(model) not in DETECTORS:
             require_replacements(model)
-        heads = self.is_segmentor or part == 'predictions'
         self.model: Any = exportable_copy(model, CUSTOM if onnx else PLAIN, heads, pooling=onnx)
         if isinstance(self.model, DinoTransformer) and preprocess is not None and preprocess.divisor > 1:
             raise InputError('--preprocess: DINO marks padded pixels, which a file cannot: set pad_size_divisor=1')
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """The outputs, in the order of :meth:`output_names`."""
+        raw = (image.shape[2], image.shape[3])
+        if self.resize is not None:
+            image = self.resize(image)
         size = (image.shape[2], image.shape[3])
         x = image if self.preprocess is None else self.preprocess(image)
         if self.part == 'backbone':
             return tuple(flatten(self.model(x)))
         if self.is_segmentor:
             logits = self.model.encode_decode(x, [{'img_shape': x.shape[2:]}])[..., : size[0], : size[1]]
+            if self.resize is not None:
+                logits = F.interpolate(logits, size=raw, mode='bilinear', align_corners=self.model.align_corners)
             return (logits,) if self.part == 'model' else (to_labels(self.model, logits),)
-        if self.part == 'model':
+        if self.part == 'model' and not self.has_queries:
             return tuple(flatten(self.model(x, mode='tensor')))
         feats = self.model.extract_feat(x)
-        if hasattr(self.model, 'panoptic_fusion_head'):
-            return self.model.panoptic_fusion_head(*self.model.panoptic_head(feats, size, (x.shape[2], x.shape[3])))
+        if self.has_queries:
+            logits, masks = self.model.panoptic_head(feats, size, (x.shape[2], x.shape[3]))
+            if self.resize is not None:
+                masks = F.interpolate(masks, size=raw, mode='bilinear', align_corners=False)
+            return (logits, masks) if self.part == 'model' else self.model.panoptic_fusion_head(logits, masks)
         if isinstance(self.model, DinoTransformer):
-            return self.model(feats, size)
-        if hasattr(self.model, 'roi_head'):
+            objects = self.model(feats, size)
+        elif hasattr(self.model, 'roi_head'):
             boxes, scores, _ = self.model.rpn_head(feats, size)
-            return self.model.roi_head(feats, boxes, scores, size)
-        return self.model.bbox_head(feats, size)
+            objects = self.model.roi_head(feats, boxes, scores, size)
+        else:
+            objects = self.model.bbox_head(feats, size)
+        if self.resize is not None:
+            height, width = self.resize.size(*raw)
+            one = objects[0].new_ones(())
+            ratio = torch.stack((one * raw[1] / width, one * raw[0] / height) * 2)
+            objects = (objects[0] * ratio, *objects[1:])
+        return objects
 
     @property
     def task(self) -> str:
@@ -111,6 +185,8 @@ class Exportable(nn.Module):
             return 'backbone'
         if self.is_segmentor:
             return 'semantic'
+        if self.part == 'model' and self.has_queries:
+            return 'queries'
         return 'instance' if self.mask_format else 'detection'
 
     @property
@@ -118,7 +194,7 @@ class Exportable(nn.Module):
         """How masks are given, if there are masks."""
         if self.part != 'predictions' or self.is_segmentor:
             return None
-        if hasattr(self.model, 'panoptic_fusion_head'):
+        if self.has_queries:
             return 'image'
         head = getattr(getattr(self.model, 'roi_head', None), 'head', None)
         return 'box28' if head is not None and head.with_mask else None
@@ -147,7 +223,14 @@ class Exportable(nn.Module):
             return ['labels' if self.part == 'predictions' else 'logits']
         if self.part == 'predictions':
             return ['boxes', 'scores', 'labels', 'masks'][:count]
+        if self.has_queries:
+            return ['class_logits', 'mask_logits']
         return [f'output{i}' for i in range(count)]
+
+
+def predicts_instances(model: Any) -> bool:
+    """Whether a model of queries predicts instances, not only panoptic segments."""
+    return bool(model.panoptic_fusion_head.test_cfg.get('instance_on', False))
 
 
 def to_labels(model: Any, logits: Tensor) -> Tensor:
