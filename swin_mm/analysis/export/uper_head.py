@@ -22,7 +22,7 @@ def uper_head(head: Any, operators: Operators | None = None) -> nn.Module:
     conv, norm = head.fpn_bottleneck.conv, head.fpn_bottleneck.norm
     plain = type(conv) is nn.Conv2d and conv.groups == 1 and conv.padding_mode == 'zeros'
     same = (conv.kernel_size, conv.stride, conv.padding, conv.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
-    known = norm is None or isinstance(norm, nn.modules.batchnorm._BatchNorm)  # what SyncBatchNorm becomes, too
+    known = norm is None or getattr(norm, 'running_var', None) is not None  # in evaluation, a factor and an offset
     first = head.fpn_bottleneck.order == ('conv', 'norm', 'act')
     return UPerHead(head) if plain and same and known and first else head
 
@@ -59,7 +59,7 @@ class PyramidConv(nn.Module):
     """A 3 x 3 convolution of maps that are upsampled to the size of the first one and concatenated.
 
     Args:
-        module: mmcv's ``ConvModule`` with BatchNorm in evaluation or no norm; its activation is left to the caller.
+        module: mmcv's ``ConvModule`` with a norm of running statistics or none; its activation is left to the caller.
         channels: of each map.
         align_corners: how maps are upsampled.
     """
