@@ -300,6 +300,11 @@ def resize_module(cfg: Config, model: nn.Module) -> Resize:
         raise InputError(
             '--resize: expected a Pad step with a size, and one value for all colours, in the test pipeline'
         )
+    if scale['keep_ratio'] and pad and min(pad['size']) < max(scale['scale']):
+        raise InputError(
+            f'--resize: images of the other orientation do not fit into {tuple(pad["size"])}, that of the Pad step; '
+            'expected a square'
+        )
     if scale['keep_ratio'] and not pad and (smallest_side(model) > 1 or side_multiple(model) > 1):
         raise InputError(
             '--resize: the model does not take every size that resizing gives; a Pad step with size=... in the test '
