@@ -210,8 +210,8 @@ class Exportable(nn.Module):
     def defers_guards(self) -> bool:
         """Whether the graph only seems to depend on sizes of 1, so that torch.export may assume that there are none.
 
-        Some heads reshape or scale maps of any size. torch.export decides there by whether a side is 1 if the result is a
-        copy, which does not change it; the comparison covers batches of 1.
+        Some heads reshape or scale maps. torch.export decides there by whether a side is 1 if the result is a copy,
+        which does not change it; the comparison covers batches of 1.
         """
         return any(
             isinstance(module, Mask2FormerQueries | DinoTransformer | UPerHead)
