@@ -26,8 +26,11 @@ LINES = {
         'mmpretrain': 'mmpretrain==1.2.0',
     },
 }
-# What mmcv is built with, besides torch.
-BUILD_TOOLS = {'onedl': 'setuptools wheel ninja', 'original': "'numpy<2' 'setuptools<82' wheel ninja"}
+# What mmcv is built with, besides torch. A newer opencv, which mmcv requires, would bring numpy 2.
+BUILD_TOOLS = {
+    'onedl': 'setuptools wheel ninja',
+    'original': "'numpy<2' 'opencv-python<4.12' 'setuptools<82' wheel ninja",
+}
 # What the doctor reports on.
 MODULES = ('torch', 'mmengine', 'mmcv', 'mmcv._ext', 'mmdet', 'mmseg', 'mmpretrain', 'triton')
 # Distributions that have another name than the module that they install.

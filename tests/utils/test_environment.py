@@ -163,10 +163,11 @@ def test_doctor_names_the_line_of_openmmlab(installed, tmp_path, monkeypatch):
     environment.distributions_by_module.cache_clear()
     try:
         assert environment.openmmlab_line() == installed
-        command = environment.install_command('mmdet')
+        command, mmcv = environment.install_command('mmdet'), environment.install_command('mmcv')
     finally:
         environment.distributions_by_module.cache_clear()
     assert command == ('pip install mmdet==3.3.0' if installed == 'original' else 'pip install onedl-mmdetection')
+    assert ("'numpy<2' 'opencv-python<4.12'" in mmcv) == (installed == 'original')  # newer ones bring numpy 2
 
 
 def test_mmengine_is_installed_with_opencv_as_long_as_it_does_not_require_it():
