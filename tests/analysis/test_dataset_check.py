@@ -639,7 +639,7 @@ def test_the_pipeline_runs_on_samples_without_faults(check, own, task):
 
 @pytest.mark.parametrize(
     'times, end, expected',
-    [(1, 1, None), (1, 2, 'takes 2 of 12 iterations'), (1, 3, '0.end=1, .*one GPU'), (3, 3, None), (3, 4, '4 of 36')],
+    [(1, 1, None), (1, 2, 'takes 2 of 12 iterations'), (1, 3, 'remove it, .*one GPU'), (3, 3, None), (3, 4, '4 of 36')],
 )
 def test_a_long_warm_up_is_noted(own, tmp_path, times, end, expected):
     """Of 6 images, 2 at a time, for 4 epochs."""

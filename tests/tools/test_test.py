@@ -87,8 +87,6 @@ def test_says_what_input_is_missing(tiny, refuse, trained, tmp_path):
     if tiny.task == 'detection':
         error = refuse('test', tiny.config, checkpoint, '--cfg-options', 'test_evaluator.ann_file=/nowhere.json')
         assert '/nowhere.json (test_evaluator: ann_file)' in error
-    none = 'visualizer=None'
-    assert 'visualizer' in refuse('test', tiny.config, checkpoint, '--show-dir', 'x', '--cfg-options', none)
     (tmp_path / 'file').touch()
     assert 'is a file' in refuse('test', tiny.config, checkpoint, '--show-dir', 'file/x')
     out = 'file/x.pkl' if tiny.task == 'detection' else 'file/x'
