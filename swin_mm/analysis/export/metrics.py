@@ -1,5 +1,6 @@
 """The config's metrics on its test set, of the model and of the file."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,10 @@ def compare_metrics(cfg: Config, model: Any, run: Run, metadata: Metadata) -> li
     require_data(cfg, 'test')
     loader, evaluator = test_set(cfg)
 
-    pipeline = test_dataset(cfg).pipeline
-    test_dataset(cfg).pipeline = pipeline_of(metadata, pipeline)
-    file_loader, _ = test_set(cfg)
-    test_dataset(cfg).pipeline = pipeline
+    file_cfg = copy.deepcopy(cfg)
+    dataset = test_dataset(file_cfg)
+    dataset.pipeline = pipeline_of(metadata, dataset.pipeline)
+    file_loader, _ = test_set(file_cfg)
 
     def by_name(images: np.ndarray) -> dict[str, np.ndarray]:
         outputs = (output.numpy() for output in run(torch.from_numpy(images)))

@@ -155,8 +155,10 @@ def export(
                 f'{to} cannot export the {part} of {cfg.filename}: {root_cause(error)} (--debug shows where){hint}'
             ) from error
         for pair in pairs:
-            raw = (pair.image.shape[2], pair.image.shape[3]) if resize else None
-            after = first.size(*raw) if first is not None and raw is not None else None
+            raw = after = None
+            if first is not None:
+                raw = (pair.image.shape[2], pair.image.shape[3])
+                after = first.size(*raw)
             expected = reference_outputs(model, part, pair.x, pair.size, raw, after)
             differences += compare(names, pair.image, expected, run, metadata.mask_threshold)
             if pair.levels is not None:

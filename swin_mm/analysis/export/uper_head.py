@@ -59,7 +59,7 @@ class PyramidConv(nn.Module):
     """A 3 x 3 convolution of maps that are upsampled to the size of the first one and concatenated.
 
     Args:
-        module: mmcv's ``ConvModule`` with a norm of running statistics or none; its activation is left to the caller.
+        module: mmcv's ``ConvModule``, without a norm or with one that has running statistics; its activation is left to the caller.
         channels: of each map.
         align_corners: how maps are upsampled.
     """
