@@ -59,7 +59,7 @@ class PyramidConv(nn.Module):
     """A 3 x 3 convolution of maps that are upsampled to the size of the first one and concatenated.
 
     Args:
-        module: mmcv's ``ConvModule``, without a norm or with one that has running statistics; its activation is left to the caller.
+        module: mmcv's ``ConvModule``, without a norm or with one that has running statistics. The caller activates.
         channels: of each map.
         align_corners: how maps are upsampled.
     """
