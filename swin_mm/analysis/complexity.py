@@ -28,6 +28,7 @@ from swin_mm.models.window_attention import WindowAttention
 from swin_mm.openmmlab.config import build_model
 from swin_mm.ops.attention import reference, triton
 from swin_mm.ops.windows import Size, padded_size
+from swin_mm.utils.compat import CHECKPOINTS_ON_META
 from swin_mm.utils.errors import InputError
 
 BOXES, MASKS = 1000, 100
@@ -193,7 +194,13 @@ def activation_bytes(cfg: Config, width: int, height: int, batch: int, kernel: C
 
 
 def saved_bytes(model: Any, image: Tensor) -> Counter[str]:
-    """Bytes that autograd saves in each part of ``model.backbone``: each storage once, parameters left out."""
+    """Bytes that autograd saves in each part of ``model.backbone``: each storage once, parameters left out.
+
+    Raises:
+        InputError: torch 2.4 does not checkpoint (``with_cp=True``) on the meta device.
+    """
+    if image.is_meta and not CHECKPOINTS_ON_META and any(getattr(m, 'with_cp', False) for m in model.modules()):
+        raise InputError('the memory of activations with with_cp=True cannot be counted with torch 2.4; update torch')
     # Storages are compared as Python objects, because on the meta device they have no address.
     known = {p.untyped_storage() for p in model.parameters()}
     total = 0

@@ -260,7 +260,8 @@ def is_video(path: str) -> bool:
 
 def count_pictures(path: str) -> int:
     """The number of frames of a video; 1 for an image."""
-    return max(len(VideoReader(path)), 1) if is_video(path) else 1
+    # OpenCV 5 gives a negative number for what it cannot read.
+    return max(VideoReader(path).frame_cnt, 1) if is_video(path) else 1
 
 
 def write_video(path: Path, fps: float, pictures: Iterable[np.ndarray]) -> None:

@@ -4,6 +4,8 @@ The prediction of the whole image is assembled tile by tile, so that only the re
 pixel for class ids (four for more than 256 classes), and boxes with masks as run lengths.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from swin_mm.engine.images import WindowedImage
 from swin_mm.utils.errors import InputError
 
 IOU_THRESHOLD = 0.5  # boxes of one class with a larger overlap are one object, found in two tiles
+RELEASE_EVERY = 8  # batches
 
 
 class Tile(NamedTuple):
@@ -126,7 +129,8 @@ def predict_tiles(
     labels: np.ndarray | None = None
     parts: list[InstanceData] = []
     tiles = split_into_tiles((height, width), side, overlap)
-    while batch := list(islice(tiles, batch_size)):
+    batches = iter(lambda: list(islice(tiles, batch_size)), [])
+    for done, batch in enumerate(batches, 1):
         samples = predict([np.ascontiguousarray(image[tile.pixels]) for tile in batch])
         for tile, sample in zip(batch, samples, strict=True):
             if 'pred_panoptic_seg' in sample:
@@ -137,9 +141,23 @@ def predict_tiles(
                 paste_labels(labels, sample.pred_sem_seg.data[0].cpu().numpy(), tile)
             else:
                 parts.append(place_instances(sample.pred_instances.cpu(), tile))
+        if done % RELEASE_EVERY == 0:
+            release_memory()
     if labels is not None:
         return {'pred_sem_seg': PixelData(data=torch.from_numpy(labels)[None])}
     return {'pred_instances': merge_instances(parts)}
+
+
+def release_memory() -> None:
+    """Return memory that has been freed to the system.
+
+    glibc does so by itself only above the last object in use. What is kept of each tile lies above the freed arrays of
+    that tile, so that without this the process grows from tile to tile. Does nothing with other C libraries.
+    """
+    if sys.platform == 'linux':
+        trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))
 
 
 def place_instances(objects: InstanceData, tile: Tile) -> InstanceData:

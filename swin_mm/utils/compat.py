@@ -11,9 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import flop_counter
 
 LOWEST_TORCH = (2, 4)
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))  # major and minor version
+CHECKPOINTS_ON_META = TORCH >= (2, 5)  # activation checkpointing on the meta device
 
 
 TYPES: dict[Any, str] = {
@@ -53,6 +55,22 @@ def operator_schema(function: Callable) -> str:
     results = [TYPES[kind] for kind in get_args(result)] if get_origin(result) is tuple else [TYPES[result]]
     arguments = ', '.join(f'{TYPES[kind]} {name}' for name, kind in hints.items())
     return f'({arguments}) -> ' + (results[0] if len(results) == 1 else f'({", ".join(results)})')
+
+
+def register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
+    """``torch.utils.flop_counter.register_flop_formula`` for ``torch.ops.swin_mm...``.
+
+    torch 2.4 registers the overloads of an operator and then looks for the operator, whose FLOPs it counts as none.
+    """
+
+    def register(formula: Callable) -> Callable:
+        flop_counter.register_flop_formula(operator)(formula)
+        registry: dict[Any, Any] = flop_counter.flop_registry
+        if operator not in registry:
+            registry[operator] = registry[operator.default]
+        return formula
+
+    return register
 
 
 def scaled_dot_product_attention(

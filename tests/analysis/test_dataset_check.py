@@ -137,6 +137,8 @@ def test_tiffs_that_pillow_does_not_know(check, own):
     random = np.random.default_rng(0)
     path = own / 'coco/train2017/1.tif'
     cv2.imwrite(str(path), random.random((64, 96, 3), np.float32))
+    if cv2.imread(str(path)) is None:
+        pytest.skip('OpenCV 5 does not read TIFF files of floats as 8 bits')
     content, save = edit(own)
     content['images'][0]['file_name'] = '1.tif'
     save()

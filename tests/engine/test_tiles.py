@@ -1,5 +1,9 @@
 """Tiles of large images: geometry, merging, run lengths, copies for small pictures."""
 
+import platform
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +17,7 @@ from swin_mm.engine.tiles import (
     merge_instances,
     paste_labels,
     place_instances,
+    release_memory,
     resized_sample,
     split_into_tiles,
 )
@@ -100,3 +105,19 @@ def test_a_sample_for_a_smaller_picture():
     assert (half.top, half.left) == (5, 15) and half.pixels.shape == (5, 10) and half.pixels.all()
     assert (small.pred_sem_seg.data[0].numpy() == mask[::2, ::2]).all()
     assert sample.pred_instances.bboxes.tolist() == [[30, 10, 50, 20]] and len(sample.pred_instances.masks) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='only glibc keeps freed memory and can be asked for it')
+def test_freed_memory_is_returned():
+    def resident():  # MB
+        return int(Path('/proc/self/statm').read_text().split()[1]) * resource.getpagesize() / 1e6
+
+    freed, kept = [], []
+    for _ in range(1000):  # what is kept lies between what is freed
+        freed.append(np.ones(100_000, np.uint8))
+        kept.append(np.ones(2000, np.uint8))
+    before = resident()
+    del freed
+    release_memory()
+    assert before - resident() > 50
+    assert len(kept) == 1000

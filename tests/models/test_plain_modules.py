@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import swin_mm
 from swin_mm.models.swin import SwinPyramid, SwinPyramidV2
+from swin_mm.utils.compat import TORCH
 
 BOTH = pytest.mark.parametrize('pyramid', [SwinPyramid, SwinPyramidV2])
 TINY = dict(
@@ -407,6 +408,8 @@ def test_dynamic_quantization_replaces_every_linear_layer(pyramid):
 
 @BOTH
 def test_torchao_int8(pyramid):
+    if TORCH < (2, 6):
+        pytest.skip('torchao.quantization needs torch 2.6')
     quantization = import_oracle('torchao.quantization')
     model = tiny(pyramid, embed_dims=32)
     expected = evaluate(model)

@@ -71,13 +71,14 @@ def transformers_twin(
 
 
 def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names as of 5.23 in ours, written by hand for these tests."""
+    """transformers' names of versions 4 and 5 in ours, written by hand for these tests."""
     renamed = (
         ('swin.', ''),
         ('embeddings.patch_embeddings.projection', 'patch_embed.proj'),
         ('embeddings.norm', 'patch_embed.norm'),
         ('encoder.', ''),
         ('attention.relative_position_bias.relative_position_bias_table', 'attn.relative_position_bias_table'),
+        ('attention.self.relative_position_bias_table', 'attn.relative_position_bias_table'),
         ('attention.self.continuous_position_bias_mlp', 'attn.cpb_mlp'),
         ('attention.self.logit_scale', 'attn.logit_scale'),
         ('attention.o_proj', 'attn.proj'),

@@ -18,6 +18,7 @@ from benchmarks import count_gpu, measure, presets, report
 from benchmarks.candidates import CANDIDATES, OPTIMIZED, Bench, Case
 from benchmarks.report import Bar
 from swin_mm.models.swin import ARCHS
+from swin_mm.utils.compat import TORCH
 
 
 @pytest.fixture
@@ -119,6 +120,7 @@ def test_operations_are_those_of_the_architecture():
         assert measure.count_flops(Case(what, 'fp32', (224, 224), 2), arch) == 2 * 2 * macs * factor
 
 
+@pytest.mark.skipif(TORCH < (2, 5), reason="torch 2.4 does not compile mmdet's Swin for changing sizes")
 def test_a_preset_from_end_to_end(run, capsys, tmp_path):
     """That of a GPU, its bars' cases and one more: eager, compiled, and training."""
     code, written = run('--preset', 'gpu', '--what', 'inference', '--dtypes', 'fp32', '--sizes', '64', '--batches', '1')

@@ -121,7 +121,9 @@ def test_transformers_reads_the_folder_that_is_written(convert, tmp_path, versio
             features = theirs.eval()(image, output_hidden_states=True).reshaped_hidden_states
             whole = getattr(transformers, f'{family}ForImageClassification').from_pretrained(folder)
             assert whole(image).logits.shape == (1, 5)
-        assert not info['missing_keys'] and not info['mismatched_keys']
+        # Version 4 counts its index tables, which are computed.
+        missing = [key for key in info['missing_keys'] if not key.endswith('relative_position_index')]
+        assert not missing and not info['mismatched_keys']
         with torch.no_grad():
             if name == 'backbone':
                 ours = model(image)

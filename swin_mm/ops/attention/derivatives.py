@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+
+from swin_mm.utils.compat import register_flop_formula
 
 
 def no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:

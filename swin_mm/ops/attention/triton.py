@@ -619,10 +619,9 @@ def _(grad, qkv, pad, bias, scales, out, lse, factor, window, shift):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.factor, save, ctx.window, ctx.shift = inputs
-    if not save:
-        raise RuntimeError('swin_mm::window_attention keeps nothing for a backward pass with save=False; pass True')
-    ctx.save_for_backward(*tensors, *output)
+    *tensors, ctx.factor, ctx.save, ctx.window, ctx.shift = inputs
+    if ctx.save:  # torch 2.4 calls this even where gradients are off
+        ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the log-sum-exp
 
@@ -633,6 +632,8 @@ def _differentiate(ctx, grad, compute) -> tuple[Tensor | None, ...]:
 
 
 def _backward_autograd(ctx, grad, _):
+    if not ctx.save:
+        raise RuntimeError('swin_mm::window_attention keeps nothing for a backward pass with save=False; pass True')
     return _differentiate(ctx, grad, _backward_op)
 
 
