@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from support.exported import Detector, Segmentor, metadata, write
+from support.exported import Detector, Segmentor, metadata, require_exporter, write
 from support.tool_fixtures import ROOT
 
 EXAMPLES = ROOT / 'docs/examples'
@@ -28,7 +28,7 @@ HALF = dict(scale=[80, 64], keep_ratio=True)
 def folder(tmp_path_factory):
     """A detector, a segmentor, and a photo of a red and a grey rectangle."""
     pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
+    require_exporter()
     folder = tmp_path_factory.mktemp('examples')
     write(Detector(False), folder / 'detector.onnx', metadata('detection', ['boxes', 'scores', 'labels'], HALF))
     write(Segmentor(), folder / 'segmentor.onnx', metadata('semantic', ['logits'], HALF))

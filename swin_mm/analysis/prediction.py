@@ -106,7 +106,7 @@ class Predictor:
         with config_errors(cfg), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # they warn that there are no weights, which come next
             metainfo = DATASETS.build(dict(dataset, lazy_init=True)).metainfo
-            self.inferencer = Inferencer(cfg, None, device=device, show_progress=False)
+            self.inferencer = Inferencer(cfg, None, device=device)
         if checkpoint:
             load_complete(self.inferencer.model, content['state_dict'], checkpoint)
         self.inferencer.model = prepare_for_inference(self.inferencer.model, dtype)
@@ -329,6 +329,7 @@ def save_prediction(
 
 def _coco_panoptic(ids: np.ndarray, classes: Sequence[str]) -> tuple[Image.Image, dict[str, Any]]:
     """COCO's format: the PNG's red + 256 green is the number of a segment, 0 is void."""
+    shape = ids.shape
     ids, index, areas = np.unique(ids, return_inverse=True, return_counts=True)
     known = class_ids_of_segments(ids) < len(classes)
     numbers = np.where(known, known.cumsum(), 0)
@@ -339,7 +340,7 @@ def _coco_panoptic(ids: np.ndarray, classes: Sequence[str]) -> tuple[Image.Image
         )
         if number
     ]
-    pixels = numbers[index]
+    pixels = numbers[index.reshape(shape)]  # numpy 1 flattens the index
     pixels = np.stack([pixels & 255, pixels >> 8, pixels & 0], axis=-1).astype(np.uint8)
     return Image.fromarray(pixels), {'segments_info': info}
 

@@ -1,5 +1,6 @@
 """mmengine's training loops, which resume at the batch where the interrupted run stopped."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from mmengine.dist import get_rank
@@ -55,9 +56,12 @@ class ResumableIterLoop(IterBasedTrainLoop):
     """Iteration-based loop that resumes with the batch that would have come next in the interrupted run."""
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, max_iters: int, **options: Any) -> None:
-        super().__init__(runner, _build(runner, dataloader, endless=True), max_iters, **options)
-        if hasattr(self.dataloader.batch_sampler, 'start_at'):
-            self.dataloader_iterator = _Batches(self.dataloader)
+        loader = _build(runner, dataloader, endless=True)
+        if not hasattr(loader.batch_sampler, 'start_at'):
+            super().__init__(runner, loader, max_iters, **options)
+            return
+        super().__init__(runner, _Unstarted(loader), max_iters, **options)
+        self.dataloader, self.dataloader_iterator = loader, _Batches(loader)
 
     def run(self) -> nn.Module:
         """Train, as mmengine's loop does, except that a resumed run skips batches without loading them.
@@ -90,6 +94,19 @@ class ResumableIterLoop(IterBasedTrainLoop):
         self._decide_current_val_interval()
         last = self._iter == self._max_iters
         return self._iter >= self.val_begin and (self._iter % self.val_interval == 0 or last)
+
+
+class _Unstarted:
+    """Stands for a dataloader while mmengine's loop is built.
+
+    The original mmengine starts the dataloader's workers there. An ``InfiniteSampler`` cannot be started again later.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.dataset = loader.dataset
+
+    def __iter__(self) -> Iterator:
+        return iter(())
 
 
 class _Batches:

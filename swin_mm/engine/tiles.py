@@ -19,7 +19,6 @@ from swin_mm.engine.images import WindowedImage
 from swin_mm.utils.errors import InputError
 
 IOU_THRESHOLD = 0.5  # boxes of one class with a larger overlap are one object, found in two tiles
-RELEASE_EVERY = 8  # batches
 
 
 class Tile(NamedTuple):
@@ -129,8 +128,7 @@ def predict_tiles(
     labels: np.ndarray | None = None
     parts: list[InstanceData] = []
     tiles = split_into_tiles((height, width), side, overlap)
-    batches = iter(lambda: list(islice(tiles, batch_size)), [])
-    for done, batch in enumerate(batches, 1):
+    while batch := list(islice(tiles, batch_size)):
         samples = predict([np.ascontiguousarray(image[tile.pixels]) for tile in batch])
         for tile, sample in zip(batch, samples, strict=True):
             if 'pred_panoptic_seg' in sample:
@@ -141,8 +139,7 @@ def predict_tiles(
                 paste_labels(labels, sample.pred_sem_seg.data[0].cpu().numpy(), tile)
             else:
                 parts.append(place_instances(sample.pred_instances.cpu(), tile))
-        if done % RELEASE_EVERY == 0:
-            release_memory()
+        release_memory()
     if labels is not None:
         return {'pred_sem_seg': PixelData(data=torch.from_numpy(labels)[None])}
     return {'pred_instances': merge_instances(parts)}

@@ -16,6 +16,8 @@ from torch.utils import flop_counter
 LOWEST_TORCH = (2, 4)
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))  # major and minor version
 CHECKPOINTS_ON_META = TORCH >= (2, 5)  # activation checkpointing on the meta device
+EXPORTS = TORCH >= (2, 8)  # torch.export and the ONNX exporter on it, for images of one size
+EXPORTS_ANY_SIZE = TORCH >= (2, 13)
 
 
 TYPES: dict[Any, str] = {

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from safetensors.torch import load_file
+from support.exported import require_exporter
 from support.oracles import mmdet_twin, randomise
 from support.tool_fixtures import ROOT, SMALL_BACKBONE, make_tiny
 from torch import nn
@@ -20,6 +21,7 @@ from swin_mm.analysis.export.layers import AdaptivePool
 from swin_mm.analysis.export.run import smallest_side
 from swin_mm.analysis.export.whole import Exportable
 from swin_mm.openmmlab.config import load_config
+from swin_mm.utils.compat import EXPORTS, EXPORTS_ANY_SIZE
 from swin_mm.utils.errors import InputError
 
 BACKBONE = dict(embed_dims=16, depths=[2, 1], num_heads=[1, 2], strides=[4, 2], out_indices=[0, 1])
@@ -88,11 +90,14 @@ def same(file, model, sizes):
 
 @pytest.mark.parametrize('to, suffix', [('torch.export', 'pt2'), ('onnx', 'onnx')])
 def test_any_size(tmp_path, variant, to, suffix):
-    if to == 'onnx':
-        pytest.importorskip('onnxscript')
+    require_exporter()
     # V1 is compared with mmdet's, whose weights the file then has.
     model = mmdet_twin(**BACKBONE, window_size=7)[0] if variant == 'v1' else None
     config, checkpoint, model = make(tmp_path, model, **VARIANTS[variant])
+    if not EXPORTS_ANY_SIZE:
+        with pytest.raises(InputError, match='before torch 2.13, give the size of the images with --size WxH'):
+            run(config, checkpoint, to, tmp_path / f'swin.{suffix}')
+        return
     assert run(config, checkpoint, to, tmp_path / f'swin.{suffix}')
     same(tmp_path / f'swin.{suffix}', model, SIZES)
     assert {path.name for path in tmp_path.iterdir()} == {'config.py', 'weights.pth', f'swin.{suffix}'}
@@ -166,6 +171,14 @@ def test_arguments_that_do_not_fit_are_named(tmp_path):
             check_arguments(to, tmp_path / name, size, opset, force=False)
 
 
+@pytest.mark.skipif(EXPORTS, reason='this torch exports')
+def test_a_torch_that_is_too_old(tmp_path):
+    config, checkpoint, _ = make(tmp_path, **VARIANTS['v1'])
+    with pytest.raises(InputError, match='--to onnx needs torch 2.8 or later'):
+        run(config, checkpoint, 'onnx', tmp_path / 'swin.onnx', size=(41, 26))
+
+
+@pytest.mark.skipif(not EXPORTS_ANY_SIZE, reason='this torch exports models for one size')
 def test_the_private_setting_of_torch_export_exists():
     """When it goes, exports fall back to the defaults of torch.export; then look for its successor."""
     from torch.fx.experimental import _config
@@ -175,6 +188,7 @@ def test_the_private_setting_of_torch_export_exists():
 
 
 def test_exports_without_the_private_setting(tmp_path, monkeypatch):
+    require_exporter()
     monkeypatch.setattr(formats, 'without_special_sizes', nullcontext)
     config, checkpoint, model = make(tmp_path, **VARIANTS['v1'])
     try:
@@ -216,7 +230,7 @@ def whole(task, data, folder):
 def test_two_stages_are_refused(data, tmp_path):
     config, checkpoint, _ = whole('detection', data, tmp_path)
     with pytest.raises(InputError, match='--part model: MaskRCNN selects boxes between its two stages'):
-        run(config, checkpoint, 'torch.export', tmp_path / 'swin.pt2', part='model')
+        run(config, checkpoint, 'torchscript', tmp_path / 'swin.pt', part='model', size=(96, 64))
 
 
 @pytest.mark.slow

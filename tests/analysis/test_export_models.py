@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import export_models
+from support.exported import require_exporter
 from torch import nn
 
 import swin_mm  # noqa: F401 (registers the backbones)
@@ -160,7 +161,7 @@ RESIZING = [
 )
 def test_files_of_any_size(name, to, resize, tmp_path):
     if to != 'pt2':
-        pytest.importorskip('onnxscript')
+        require_exporter()
         pytest.importorskip('openvino' if to == 'openvino' else 'onnxruntime')
     config, checkpoint, _ = export_models.build(name, tmp_path)
     suffix = {'onnx': 'onnx', 'openvino': 'xml', 'pt2': 'pt2'}[to]

@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from support import export_models
+from support.exported import require_exporter
 
 from swin_mm.analysis.export.comparison import compare, paste_masks
 from swin_mm.analysis.export.operators import CUSTOM, best, looped_nms, nms, onnx_translations
@@ -45,7 +46,7 @@ class Suppression(torch.nn.Module):
 
 def test_suppression_in_onnx():
     runtime = pytest.importorskip('onnxruntime')
-    pytest.importorskip('onnxscript')
+    require_exporter()
     count = torch.export.Dim('count', min=2)
     program = torch.export.export(
         Suppression(), random_boxes(20), dynamic_shapes=({0: torch.export.Dim('batch'), 1: count},) * 2

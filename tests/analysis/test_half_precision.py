@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.exported import require_exporter
 from torch import nn
 
 from swin_mm.analysis.half_precision import (
@@ -15,7 +16,7 @@ from swin_mm.analysis.half_precision import (
 )
 
 pytest.importorskip('onnxruntime')
-pytest.importorskip('onnxscript')
+require_exporter()
 
 
 class Net(nn.Module):

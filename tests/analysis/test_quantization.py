@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from support.exported import Segmentor, metadata, write
+from support.exported import Segmentor, metadata, require_exporter, write
 from torch import nn
 
 from swin_mm.analysis.quantization import AccuracyError, quantize
@@ -32,7 +32,7 @@ class Convolutions(nn.Module):
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
     """A float file with convolutions."""
-    pytest.importorskip('onnxscript')
+    require_exporter()
     pytest.importorskip('mmseg')
     return write(Convolutions(), tmp_path_factory.mktemp('float') / 'float.onnx', metadata('semantic', ['logits']))
 

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from PIL import Image
 from pycocotools import mask as run_lengths
-from support.exported import MEAN, STD, Detector, Segmentor, metadata, write
+from support.exported import MEAN, STD, Detector, Segmentor, metadata, require_exporter, write
 from support.tool_fixtures import make_tiny
 from torch import nn
 
@@ -30,7 +30,7 @@ from swin_mm.engine import testing
 from swin_mm.utils.errors import InputError
 
 pytest.importorskip('onnxruntime')
-pytest.importorskip('onnxscript')
+require_exporter()
 HALF = dict(scale=[80, 64], keep_ratio=True)  # the photo is 160 x 128
 
 

@@ -3,6 +3,7 @@
 import logging
 from types import SimpleNamespace
 
+import mmengine.runner.loops
 import pytest
 from mmengine.dataset import InfiniteSampler
 from torch.utils.data import BatchSampler, DataLoader
@@ -61,3 +62,12 @@ def test_validation_follows_every_interval_and_the_last_iteration():
     loop.runner.val_loop = SimpleNamespace(run=lambda: validated.append(len(trained)))
     loop.run()
     assert validated == [2, 4, 5]
+
+
+def test_the_sampler_is_not_started_before_the_run(monkeypatch):
+    """The original mmengine starts the workers when a loop is built, and an InfiniteSampler starts only once."""
+    monkeypatch.setattr(mmengine.runner.loops, '_InfiniteDataloaderIterator', lambda loader: next(iter(loader), None))
+    loop, data, trained, _ = make_loop(BatchSampler, max_iters=2)
+    assert data.loaded == []
+    loop.run()
+    assert trained == [[0, 1], [2, 3]]

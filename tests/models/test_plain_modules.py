@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.model import ExponentialMovingAverage
 from mmengine.registry import MODELS
-from support.oracles import SMALL, mmdet_twin, randomise, relative_error
+from support.oracles import SMALL, mmdet_twin, randomise, relative_error, scale_parameters
 from support.reference_models import import_oracle
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -142,17 +142,11 @@ def test_output_follows_weights_that_another_process_trains():
     model = tiny().share_memory()
     before = evaluate(model)
     context = torch.multiprocessing.get_context('spawn')
-    process = context.Process(target=_scale, args=(model,))
+    process = context.Process(target=scale_parameters, args=(model,))
     process.start()
     process.join()
     assert process.exitcode == 0
     assert_follows_weights(model, before)
-
-
-def _scale(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
 
 
 def test_conversion_that_swaps_parameters():

@@ -92,10 +92,11 @@ MODELS_OF_MMDET = {
     ),
     'dino': (
         'dino/dino-5scale_swin-l_8xb2-12e_coco',
-        f"neck=dict(in_channels=[16, 32, 64, 128], out_channels=32, norm_cfg=dict(type='BN', _delete_=True)), "
-        f'num_queries=20, encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=dict({ATTENTION}), {FFN})), '
-        f'decoder=dict(num_layers=2, layer_cfg=dict(self_attn_cfg=dict({ATTENTION}), cross_attn_cfg=dict({ATTENTION}), '
-        f'{FFN})), positional_encoding=dict(num_feats=16), bbox_head=dict(num_classes=3, embed_dims=32), '
+        # The original mmdet embeds queries in 256 channels, whatever the config says.
+        'neck=dict(in_channels=[16, 32, 64, 128]), num_queries=20, '
+        'encoder=dict(num_layers=1, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=32))), '
+        'decoder=dict(num_layers=2, layer_cfg=dict(ffn_cfg=dict(feedforward_channels=32))), '
+        'bbox_head=dict(num_classes=3), '
         'test_cfg=dict(max_per_img=15),',
     ),
 }

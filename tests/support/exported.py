@@ -2,12 +2,21 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 from swin_mm.analysis.export.metadata import KEY, Input, Metadata
+from swin_mm.utils.compat import EXPORTS
 
 MEAN, STD = (10.0, 20.0, 30.0), (2.0, 3.0, 4.0)
+
+
+def require_exporter() -> None:
+    """Skip a module or a test where no ONNX file can be written."""
+    pytest.importorskip('onnxscript')
+    if not EXPORTS:
+        pytest.skip(f'torch {torch.__version__} is too old to export', allow_module_level=True)
 
 
 def metadata(task: str, outputs: list[str], resize: dict | None = None, inside: dict | None = None) -> Metadata:

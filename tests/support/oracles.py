@@ -120,3 +120,10 @@ def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> floa
     pairs = list(zip(actual, expected, strict=True))
     assert all(a.shape == e.shape for a, e in pairs), [(a.shape, e.shape) for a, e in pairs]
     return max(((a - e).abs().max() / e.abs().max()).item() for a, e in pairs)
+
+
+def scale_parameters(model: nn.Module) -> None:
+    """Multiply all parameters by 1.5, in place. New processes import this module by its name, and not a test's."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)

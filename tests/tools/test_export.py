@@ -55,15 +55,16 @@ def test_a_difference_is_shown_and_exits_with_1(export, files, tmp_path, monkeyp
 
 def test_bad_input(refuse, files):
     config, checkpoint = files
+    one_size = ('--to', 'torchscript', '--out', 'swin.pt', '--size', '41x26')
     for rest, message in {
         ('--to', 'onnx', '--out', 'swin.pt2'): 'must end in .onnx',
         ('--to', 'onnx', '--out', 'weights.pth/swin.onnx'): 'the folder weights.pth does not exist',
         ('--to', 'torchscript', '--out', 'swin.pt', '--size', '40'): "--size 40: expected two whole numbers with 'x'",
-        ('--to', 'torch.export', '--out', 'swin.pt2', '--part', 'model'): 'cannot be built',
+        (*one_size, '--part', 'model'): 'cannot be built',
     }.items():
         assert message in refuse('export', config, checkpoint, *rest)
     torch.save({'state_dict': {'layers.0.blocks.0.norm1.weight': torch.ones(16)}}, checkpoint)
-    message = refuse('export', config, checkpoint, '--to', 'torch.export', '--out', 'swin.pt2', *BACKBONE_ONLY)
+    message = refuse('export', config, checkpoint, *one_size, *BACKBONE_ONLY)
     assert 'checkpoint' in message and 'weights.pth' in message
 
 

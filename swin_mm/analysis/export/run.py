@@ -33,6 +33,7 @@ from swin_mm.engine.runner import load_complete
 from swin_mm.models.swin import SwinPyramid
 from swin_mm.openmmlab.config import build_model, type_name
 from swin_mm.openmmlab.loading import read_checkpoint
+from swin_mm.utils.compat import EXPORTS, EXPORTS_ANY_SIZE
 from swin_mm.utils.errors import InputError
 from swin_mm.utils.files import require_new_file
 
@@ -78,6 +79,8 @@ def check_arguments(
         raise InputError(f'{option}: safetensors holds weights only, for every size; leave {option} out')
     if size is None and to == 'torchscript':
         raise InputError('--to torchscript traces one size of image: give it with --size WxH')
+    if to not in ('torchscript', 'safetensors') and not EXPORTS:
+        raise InputError(f'--to {to} needs torch 2.8 or later, this is {torch.__version__}; --to torchscript works')
 
 
 def export(
@@ -151,6 +154,8 @@ def export(
             raise
         except Exception as error:
             hint = '' if part == 'backbone' else '; --part backbone may work'
+            if not (size or EXPORTS_ANY_SIZE):
+                hint = '; before torch 2.13, give the size of the images with --size WxH'
             raise InputError(
                 f'{to} cannot export the {part} of {cfg.filename}: {root_cause(error)} (--debug shows where){hint}'
             ) from error

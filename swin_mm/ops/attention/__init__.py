@@ -11,6 +11,7 @@ auto      the fastest of these that supports the input; ``triton`` only where it
 """
 
 import logging
+import operator
 from collections.abc import Callable
 from functools import lru_cache, partial
 
@@ -71,7 +72,7 @@ def require_kernel(
 
 def reason_against(name: str, qkv: Tensor, bias: Tensor, dropout: float) -> str:
     """Why a kernel does not support these tensors, or '' if it does. A constant in compiled code."""
-    head_size = int(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic
+    head_size = operator.index(qkv.shape[3] // 3 // bias.shape[0])  # never symbolic; torch 2.8 cannot trace int() here
     return _as_constant(name, qkv.device, qkv.dtype, head_size, dropout > 0)
 
 

@@ -430,7 +430,8 @@ def _backward_bias(
         factor = tl.load(scales + head)
     i = block // BLOCKS * BLOCK + tl.arange(0, BLOCK)
     j = block % BLOCKS * BLOCK + tl.arange(0, BLOCK)
-    (token_i, has_i), (token_j, has_j) = _token(i, SHAPE), _token(j, SHAPE)
+    token_i, has_i = _token(i, SHAPE)
+    token_j, has_j = _token(j, SHAPE)
     bias_tile = _load_bias(bias, head, i[:, None], j[None, :], SHAPE)
     sum_bias = tl.zeros([BLOCK, BLOCK], tl.float32)
     for window in range(split, windows, splits):
