@@ -142,7 +142,7 @@ def test_fsdp_equals_ddp(runs):
 
 
 def test_fsdp_resumes(runs):
-    assert_same(learned(runs, 'fsdp_resumed'), learned(runs, 'fsdp'))
+    assert_same(learned(runs, 'fsdp_resumed'), learned(runs, 'fsdp'), tolerance=1e-7)  # in fp32
 
 
 def run_tool(config, *arguments):
