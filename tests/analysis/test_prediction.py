@@ -75,17 +75,17 @@ def test_weights_saved_from_data_parallel_training(tiny, tmp_path):
     assert len(loaded) > 10 and all(torch.equal(value, state[key]) for key, value in loaded.items())
 
 
-def test_four_channels_of_sixteen_bits(data, tmp_path):
-    pytest.importorskip('mmseg')
+@pytest.mark.parametrize('task, pack', [('detection', 'PackDetInputs'), ('segmentation', 'PackSegInputs')])
+def test_four_channels_of_sixteen_bits(task, pack, data, tmp_path):
     from support.tool_fixtures import make_tiny
 
     config = tmp_path / 'four.py'
-    tiny = make_tiny('segmentation', data, tmp_path)
+    tiny = make_tiny(task, data, tmp_path)
     config.write_text(
         f"_base_ = r'{tiny.config}'\n"
         'model = dict(backbone=dict(in_channels=4), data_preprocessor=dict(mean=None, std=None, bgr_to_rgb=False))\n'
         "load = dict(type='LoadImageFromFile', color_type='unchanged', imdecode_backend='cv2')\n"
-        "pipeline = [load, dict(type='Resize', scale=(96, 64), keep_ratio=True), dict(type='PackSegInputs')]\n"
+        f"pipeline = [load, dict(type='Resize', scale=(96, 64), keep_ratio=True), dict(type='{pack}')]\n"
         'test_dataloader = dict(dataset=dict(pipeline=pipeline))\n'
     )
     pixels = np.random.default_rng(0).integers(0, 65536, (64, 96, 4)).astype(np.uint16)
