@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -153,10 +154,12 @@ def main() -> None:
     """Build once, then try each kind of installation."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('kinds', nargs='+', choices=['core', 'det', 'seg', 'all'])
-    parser.add_argument('--work', type=Path, default='packages', help='a new folder for everything')
+    parser.add_argument('--work', type=Path, help='a new folder outside of the repository (default: a temporary one)')
     args = parser.parse_args()
-    work = args.work.resolve()
-    work.mkdir(parents=True)
+    work = args.work.resolve() if args.work else Path(tempfile.mkdtemp(prefix='packages-'))
+    if work.is_relative_to(ROOT):
+        parser.error(f'--work {work} is inside the repository, from where its own packages could be imported')
+    work.mkdir(parents=True, exist_ok=not args.work)
     wheel = build(work)
     for kind in args.kinds:
         print(f'\n== {kind}')
