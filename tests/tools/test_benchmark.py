@@ -261,7 +261,7 @@ def test_whole_models(run, task, what):
         assert [name for name in rows if name != OPTIMIZED] == ['stock', 'ours', 'stock+backbone', 'ours+backbone']
         assert (OPTIMIZED in rows) == (each['case']['what'] == 'inference')
         assert all(row['deviation'] < 1e-3 for row in rows.values())
-        assert 0 < rows['ours+backbone']['share'][0] < 1.2
+        assert rows['ours+backbone']['share'][0] > 0
 
 
 @pytest.mark.parametrize(
