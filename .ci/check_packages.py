@@ -156,10 +156,10 @@ def main() -> None:
     parser.add_argument('kinds', nargs='+', choices=['core', 'det', 'seg', 'all'])
     parser.add_argument('--work', type=Path, help='a new folder outside of the repository (default: a temporary one)')
     args = parser.parse_args()
-    work = args.work.resolve() if args.work else Path(tempfile.mkdtemp(prefix='packages-'))
+    work = (args.work or Path(tempfile.mkdtemp(prefix='packages-'))).resolve()
     if work.is_relative_to(ROOT):
         parser.error(f'--work {work} is inside the repository, from where its own packages could be imported')
-    work.mkdir(parents=True, exist_ok=not args.work)
+    work.mkdir(parents=True, exist_ok=args.work is None)
     wheel = build(work)
     for kind in args.kinds:
         print(f'\n== {kind}')

@@ -57,11 +57,10 @@ class ResumableIterLoop(IterBasedTrainLoop):
 
     def __init__(self, runner: Runner, dataloader: DataLoader | dict, max_iters: int, **options: Any) -> None:
         loader = _build(runner, dataloader, endless=True)
-        if not hasattr(loader.batch_sampler, 'start_at'):
-            super().__init__(runner, loader, max_iters, **options)
-            return
-        super().__init__(runner, _Unstarted(loader), max_iters, **options)
-        self.dataloader, self.dataloader_iterator = loader, _Batches(loader)
+        can_skip = hasattr(loader.batch_sampler, 'start_at')
+        super().__init__(runner, _Unstarted(loader) if can_skip else loader, max_iters, **options)
+        if can_skip:
+            self.dataloader, self.dataloader_iterator = loader, _Batches(loader)
 
     def run(self) -> nn.Module:
         """Train, as mmengine's loop does, except that a resumed run skips batches without loading them.
@@ -99,7 +98,7 @@ class ResumableIterLoop(IterBasedTrainLoop):
 class _Unstarted:
     """Stands for a dataloader while mmengine's loop is built.
 
-    The original mmengine starts the dataloader's workers there. An ``InfiniteSampler`` cannot be started again later.
+    The original mmengine starts the dataloader's workers then, and an ``InfiniteSampler`` starts only once.
     """
 
     def __init__(self, loader: DataLoader) -> None:

@@ -17,7 +17,7 @@ LOWEST_TORCH = (2, 4)
 TORCH = tuple(map(int, torch.__version__.split('.')[:2]))  # major and minor version
 CHECKPOINTS_ON_META = TORCH >= (2, 5)  # activation checkpointing on the meta device
 EXPORTS = TORCH >= (2, 8)  # torch.export and the ONNX exporter on it, for images of one size
-EXPORTS_ANY_SIZE = TORCH >= (2, 13)
+EXPORTS_ANY_SIZE = TORCH >= (2, 13)  # and for dynamic height and width; 2.8 does not, 2.9 to 2.12 are untested
 
 
 TYPES: dict[Any, str] = {

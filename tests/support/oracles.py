@@ -123,7 +123,7 @@ def relative_error(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> floa
 
 
 def scale_parameters(model: nn.Module) -> None:
-    """Multiply all parameters by 1.5, in place. New processes import this module by its name, and not a test's."""
+    """Multiply all parameters by 1.5, in place. A spawned process can import this module, but not a test module."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)

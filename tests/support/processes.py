@@ -36,7 +36,10 @@ def preload(task: str) -> None:
 
 
 def in_processes(*calls: tuple, timeout: int = 300) -> list[int | None]:
-    """Run each (function, *arguments) in a separate process, and return the exit codes when all have ended."""
+    """Run each (function, *arguments) in a separate process, and return the exit codes when all have ended.
+
+    Skips the test where forked processes cannot compute gradients.
+    """
     if torch.version.cuda and not _forked_processes_have_gradients():
         # Seen with CUDA builds of torch 2.15 on machines without a GPU, after torch.compile or FakeTensorMode.
         pytest.skip('an earlier test of this process keeps PyTorch from computing gradients in forks: run this alone')
